@@ -1,0 +1,56 @@
+"""Instruction fine-tuning of a from-scratch GPT-2 in PyTorch Lightning.
+
+    >>> from lightning_sft import InstructionDataModule, SFTModule, generate
+
+Names are loaded when they are first used, so that commands that need no torch do not pay for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_sft.data import InstructionDataModule, collate
+    from lightning_sft.entries import read_entries, split_entries
+    from lightning_sft.generation import generate
+    from lightning_sft.model import GPTConfig, GPTModel, KVCache
+    from lightning_sft.module import SFTModule, WarmupCosine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPTConfig",
+    "GPTModel",
+    "InstructionDataModule",
+    "KVCache",
+    "SFTModule",
+    "WarmupCosine",
+    "collate",
+    "generate",
+    "read_entries",
+    "split_entries",
+]
+
+_OWNERS = {
+    "GPTConfig": "model",
+    "GPTModel": "model",
+    "InstructionDataModule": "data",
+    "KVCache": "model",
+    "SFTModule": "module",
+    "WarmupCosine": "module",
+    "collate": "data",
+    "generate": "generation",
+    "read_entries": "entries",
+    "split_entries": "entries",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OWNERS:
+        return getattr(importlib.import_module(f"lightning_sft.{_OWNERS[name]}"), name)
+    raise AttributeError(f"module 'lightning_sft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,31 @@
+"""The three ways a command can fail, and the exit code each stands for.
+
+A message is one line: what is wrong, where, and what is allowed. `__main__.py` prints it as
+`error: …` without a traceback (`--debug` shows the traceback).
+"""
+
+from __future__ import annotations
+
+
+class LightningSFTError(Exception):
+    """Base of the errors that a user can act on."""
+
+    exit_code = 1
+
+
+class InputError(LightningSFTError, ValueError):
+    """Bad data, weights, configuration or command line."""
+
+    exit_code = 2
+
+
+class ServiceError(LightningSFTError, OSError):
+    """Disk, network or server failed; the same command may work later."""
+
+    exit_code = 3
+
+
+class IncompleteError(LightningSFTError):
+    """The command finished, but part of the work is missing (for example unscored answers)."""
+
+    exit_code = 4

@@ -1,0 +1,136 @@
+"""`runs/<name>/version_N`: who owns a version, and the metrics that are written into it.
+
+A resumed run goes on in its folder: what it had logged beyond its checkpoint is taken back first,
+so that curves and samples read like those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_sft import files
+
+COLUMNS = [
+    "step",
+    "epoch",
+    "train_loss",
+    "lr",
+    "tokens_per_second",
+    "tokens_seen",
+    "train_eval_loss",
+    "val_eval_loss",
+    "val_loss",
+    "val_perplexity",
+]
+
+
+def next_version(parent: Path) -> Path:
+    """Take the next free `version_N`. Making the folder is the claim, so two runs never share.
+
+    Only the first process makes it; the others' answer may lag behind and is not to be used.
+    """
+    taken = [int(p.name[8:]) for p in parent.glob("version_*") if p.name[8:].isdigit()]
+    number = max(taken, default=-1) + 1
+    while rank_zero_only.rank in (None, 0):
+        try:
+            (parent / f"version_{number}").mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+    return parent / f"version_{number}"
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Take back what a run logged after `step` optimizer steps, before it goes on from there."""
+    metrics, samples = folder / "metrics.csv", folder / "samples.jsonl"
+    if metrics.exists():
+        # Training rows are numbered from 0 before their step, validation rows by the steps done.
+        rows = _read_rows(metrics)
+        kept = [row for row in rows if int(row["step"]) < step + bool(row.get("val_loss"))]
+        with files.atomic_write(metrics) as file:
+            file.write(_format_rows([COLUMNS, *(_values(row) for row in kept)]))
+    if samples.exists():
+        records = [record for record in files.read_jsonl(samples) if record["step"] <= step]
+        with files.atomic_write(samples) as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`: a row for each time something is logged, empty where nothing was.
+
+    Lightning's CSVLogger deletes an older file when it reopens a folder; this one goes on in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.parent.name
+
+    @property
+    def version(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def log_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {name: float(value) for name, value in metrics.items()} | {"step": step or 0}
+        if "epoch" in row:
+            row["epoch"] = int(row["epoch"])
+        rows = [_values(row)] if self.path.exists() else [COLUMNS, _values(row)]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_format_rows(rows))
+
+
+class EventsLogger(TensorBoardLogger):
+    """TensorBoard events straight in the run folder.
+
+    Args:
+        step: Of the checkpoint that a run goes on from; TensorBoard hides what lay behind it.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None) -> None:
+        purge = {} if step is None else {"purge_step": step + 1}
+        super().__init__(
+            save_dir=folder.parent.parent,
+            name=folder.parent.name,
+            version=int(folder.name.removeprefix("version_")),
+            **purge,
+        )
+
+    def save(self) -> None:
+        """Flush; without the `hparams.yaml` that would repeat `config.yaml`."""
+        self.experiment.flush()
+
+
+def _values(row: Mapping[str, Any]) -> list[Any]:
+    return [row.get(column, "") for column in COLUMNS]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Whole rows only: a kill may have torn the last one."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and row["step"]]
+
+
+def _format_rows(rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

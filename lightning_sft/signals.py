@@ -1,0 +1,91 @@
+"""SIGTERM and SIGINT: finish the optimizer step, save, say how to go on, and exit with the code.
+
+Lightning ends a run on SIGTERM with exit code 0, and cuts one off on Ctrl-C without saving. Here
+the first signal lets the step that is under way finish on all ranks and saves; a second Ctrl-C
+stops at once. `predict` has nothing to finish: its answers are on disk already.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning as L
+
+from lightning_sft.checkpoint import Checkpoints
+from lightning_sft.errors import LightningSFTError
+from lightning_sft.module import SFTModule
+
+
+class StoppedError(LightningSFTError):
+    """The command was asked to stop and did; 128 + the signal's number, as shells count."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+class StopOnSignal(L.Callback):
+    """Turns a signal into an orderly end of `fit`, or into an immediate one of anything else.
+
+    Args:
+        checkpoints: Asked to save before a `fit` ends.
+    """
+
+    def __init__(self, checkpoints: Checkpoints | None = None) -> None:
+        self.checkpoints = checkpoints
+        self.received = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Here and not earlier: Lightning sets its own handlers on the way, and puts the old ones
+        # back at the end.
+        self._listen(self._note)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen(self._stop_now)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not SFTModule.ends_step(trainer, batch_idx):
+            return
+        last_of_epoch = batch_idx + 1 == trainer.num_training_batches
+        if not last_of_epoch:  # the epoch's own end saves, behind its validation
+            self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        stop = bool(self.received)
+        if trainer.world_size > 1:  # a scheduler may signal one rank only; all must stop together
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            path = self.checkpoints.save(trainer) if self.checkpoints is not None else None
+            self._end(f"stopped after step {trainer.global_step}", path)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.received and signum == signal.SIGINT:
+            self._end("stopped at once; what came behind the last checkpoint is lost")
+        self.received = signum
+        print("\nfinishing this step and saving; Ctrl-C again stops at once", flush=True)
+
+    def _stop_now(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        self._end("stopped; the answers so far are kept, the same command goes on")
+
+    def _end(self, message: str, checkpoint: Any = None) -> None:
+        if checkpoint is not None:
+            message += f"; go on with: python -m lightning_sft fit --ckpt_path {checkpoint}"
+        raise StoppedError(self.received or signal.SIGINT, message)
+
+    @staticmethod
+    def _listen(handler: Any) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, handler)

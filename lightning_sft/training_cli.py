@@ -1,0 +1,322 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI with one owner for each value.
+
+What a user writes once is linked to wherever it is needed. A run gets a fresh folder
+`runs/<name>/version_N`; going on from a checkpoint writes into that checkpoint's own folder.
+
+    python -m lightning_sft fit --config gpt2-medium.yaml --trainer.max_epochs 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jsonargparse
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_sft import files
+from lightning_sft.callbacks import LossCurve, SampleResponses, Throughput
+from lightning_sft.checkpoint import (
+    Checkpoints,
+    DurableCheckpointIO,
+    FinalWeights,
+    find_checkpoint,
+    read_checkpoint,
+)
+from lightning_sft.cli import explain, option_names
+from lightning_sft.data import InstructionDataModule
+from lightning_sft.errors import InputError
+from lightning_sft.generation import GenerationConfig
+from lightning_sft.model import get_config
+from lightning_sft.module import SFTModule
+from lightning_sft.prompts import get_style
+from lightning_sft.response_writer import ResponseWriter
+from lightning_sft.run_folder import EventsLogger, MetricsFile, next_version, rewind
+from lightning_sft.signals import StopOnSignal
+
+# What a config's class_path may name. Anything else, importable or not, is refused: a config is
+# something people download.
+ALLOWED_CLASSES = [
+    "lightning_sft",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "torch.optim",
+]
+RUN_FOLDER_VARIABLE = "LIGHTNING_SFT_RUN_FOLDER"  # how a rank's child processes learn the folder
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes.
+
+    Args:
+        dir: The folder of all runs.
+        name: This run's folder in it; the first config's name by default.
+    """
+
+    dir: str = "runs"
+    name: str | None = None
+
+
+class SFTCLI(LightningCLI):
+    """LightningCLI with the project's links, run folder and indispensable callbacks."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only the one asked for: making all four parsers takes more than a second."""
+        return {sys.argv[1]: LightningCLI.subcommands()[sys.argv[1]]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(GenerationConfig, "generation")
+        parser.add_class_arguments(RunConfig, "run")
+        parser.add_lightning_class_args(SampleResponses, "samples")
+        parser.add_lightning_class_args(LossCurve, "loss_curve")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        for source, target in (
+            ("data.prompt_style", "model.prompt_style"),
+            ("data.header_in_prompt", "model.header_in_prompt"),
+            ("data.max_length", "model.max_length"),
+            ("generation", "model.generation"),
+            ("generation.batch_size", "data.predict_batch_size"),
+        ):
+            parser.link_arguments(source, target)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.set_defaults({"trainer.max_epochs": 2, "trainer.log_every_n_steps": 1})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except jsonargparse.ArgumentError as error:
+            subcommand = sys.argv[1]
+            allowed = option_names(self._subcommand_parsers[subcommand])
+            raise InputError(f"{subcommand}: {explain(str(error), allowed)}") from None
+
+    def _parse_ckpt_path(self) -> None:
+        """Resolve `last` and `best`. The config keeps its say; LightningCLI would overrule it."""
+        config = self.config[self.config.subcommand]
+        self.checkpoint: Path | None = None
+        self._checkpoint_step: int | None = None
+        if config.ckpt_path is not None:
+            self.checkpoint = find_checkpoint(config.ckpt_path, _run_parent(config))
+            config.ckpt_path = str(self.checkpoint)
+            self._checkpoint_step = _compare(self.checkpoint, config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        callbacks: list[Any] = []
+        if self.subcommand == "fit":
+            folder = self._folder()
+            checkpoints = self._get(self.config_init, "checkpoints")
+            callbacks += [Throughput(), FinalWeights(), StopOnSignal(checkpoints)]
+            self._claim(folder)
+            if trainer.get("logger") in (None, True):
+                step = self._checkpoint_step
+                if step is not None and rank_zero_only.rank in (None, 0):
+                    rewind(folder, step)
+                kwargs["logger"] = [EventsLogger(folder, step), MetricsFile(folder)]
+        else:
+            kwargs["logger"] = False
+        if self.subcommand == "predict":
+            callbacks += [ResponseWriter(self._folder()), StopOnSignal()]
+            kwargs["enable_progress_bar"] = False  # the writer's own bar counts entries
+        elif not sys.stdout.isatty() and trainer.get("enable_progress_bar") is not False:
+            # rich, where it is installed, prints nothing at all into a file.
+            callbacks.append(TQDMProgressBar(refresh_rate=20))
+        plugins = trainer.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
+        kwargs["use_distributed_sampler"] = False  # the loaders deal their rows to ranks themselves
+        self.trainer_defaults = {"callbacks": callbacks}
+        return super().instantiate_trainer(**kwargs)
+
+    def _claim(self, folder: Path) -> None:
+        """One writer per run folder, until this process ends in whatever way."""
+        if rank_zero_only.rank not in (None, 0):
+            return
+        self._lock = filelock.FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise InputError(f"{folder}: another process is writing into this run") from None
+
+    def _folder(self) -> Path:
+        """This run's folder, the same for all its processes; made by the first one."""
+        if self.checkpoint is not None and self.checkpoint.parent.name == "checkpoints":
+            return self.checkpoint.parent.parent
+        known = os.environ.get(RUN_FOLDER_VARIABLE)
+        if known:
+            return Path(known)
+        parent = _run_parent(self.config[self.config.subcommand])
+        folder = next_version(parent)
+        os.environ[RUN_FOLDER_VARIABLE] = str(folder)
+        return folder
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run folder; a resumed run's goes beside it, numbered."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "fit" or self.already_saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.log_dir or ".")
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            path = folder / "config.yaml"
+            number = 1
+            while path.exists():
+                path = folder / f"config-resumed-{number}.yaml"
+                number += 1
+            text = self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
+            with files.atomic_write(path) as file:
+                file.write(text)
+        self.already_saved = True
+
+
+def run_training(subcommand: str, arguments: list[str]) -> int:
+    """Parse `arguments` and run one of LightningCLI's subcommands.
+
+    Raises:
+        InputError: The command line or a config is wrong.
+    """
+    _quieten()
+    jsonargparse.set_parsing_settings(
+        config_read_mode_fsspec_enabled=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=ALLOWED_CLASSES,
+    )
+    name = _first_config_name(arguments)
+    arguments = use_checkpoint_config(arguments)
+    if name is not None and not any(a.startswith("--run.name") for a in arguments):
+        arguments = [f"--run.name={name}", *arguments]
+    known, own_arguments = os.environ.get(RUN_FOLDER_VARIABLE), sys.argv
+    parsers: dict[str, Any] = {"exit_on_error": False, "default_env": False}
+    try:
+        # LightningCLI reads them from here, and so do the ranks that Lightning starts.
+        sys.argv = [own_arguments[0], subcommand, *arguments]
+        SFTCLI(
+            SFTModule,
+            InstructionDataModule,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=123,
+            auto_configure_optimizers=False,
+            parser_kwargs={**parsers, subcommand: parsers},
+        )
+    except MisconfigurationException as error:
+        raise InputError(f"{subcommand}: {explain(str(error))}") from None
+    finally:
+        sys.argv = own_arguments
+        if known is None:
+            os.environ.pop(RUN_FOLDER_VARIABLE, None)
+    return 0
+
+
+def use_checkpoint_config(arguments: list[str]) -> list[str]:
+    """Without `--config`, take the configuration of the run that a checkpoint belongs to.
+
+    A checkpoint away from its run folder brings its own hyperparameters. Explicit options come
+    behind and win. A `.pth` given as checkpoint becomes the model's weights.
+    """
+    path = _option(arguments, "--ckpt_path")
+    if path is None or path in ("last", "best") or not Path(path).is_file():
+        return arguments
+    checkpoint = Path(path).resolve()
+    is_checkpoint = checkpoint.suffix == ".ckpt"
+    if not is_checkpoint:
+        arguments = [*_without_option(arguments, "--ckpt_path"), f"--model.weights={checkpoint}"]
+    if _option(arguments, "--config") is not None or _option(arguments, "-c") is not None:
+        return arguments
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    if (run / "config.yaml").is_file():
+        return [f"--config={run / 'config.yaml'}", *arguments]
+    if not is_checkpoint:
+        raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
+    hparams = read_checkpoint(checkpoint)["hyper_parameters"]
+    return [
+        f"--model.architecture={json.dumps(hparams['architecture'])}",
+        f"--data.prompt_style={json.dumps(hparams['prompt_style'])}",
+        f"--data.header_in_prompt={json.dumps(hparams['header_in_prompt'])}",
+        *arguments,
+    ]
+
+
+def _compare(checkpoint: Path, config: Any) -> int:
+    """Refuse another architecture; print what else a checkpoint was trained with differently.
+
+    Returns:
+        The optimizer steps that the checkpoint has behind it.
+    """
+    content = read_checkpoint(checkpoint, mmap=True)
+    hparams = content.get("hyper_parameters", {})
+    architecture = dataclasses.asdict(get_config(_plain(config.model.architecture)))
+    for field, saved in hparams.get("architecture", {}).items():
+        if architecture.get(field) != saved:
+            raise InputError(
+                f"ckpt_path: {checkpoint} has {field} {saved}, the configuration has "
+                f"{architecture.get(field)}; give the architecture it was trained with"
+            )
+    style = get_style(_plain(config.data.prompt_style), config.data.header_in_prompt)
+    trained = hparams.get("prompt_style", {}) | {
+        "header_in_prompt": hparams.get("header_in_prompt")
+    }
+    if dataclasses.asdict(style) != trained:
+        print(
+            f"note: prompt_style is {style.name}, header_in_prompt {style.header_in_prompt}; the "
+            f"checkpoint was trained with {trained.get('name')}, {trained['header_in_prompt']}"
+        )
+    return int(content.get("global_step", 0))
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, jsonargparse.Namespace) else value
+
+
+def _run_parent(config: Any) -> Path:
+    return Path(config.run.dir) / (config.run.name or "run")
+
+
+def _first_config_name(arguments: list[str]) -> str | None:
+    path = _option(arguments, "--config") or _option(arguments, "-c")
+    return Path(path).stem if path is not None else None
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The first value given for an option, in either of its two spellings."""
+    for place, argument in enumerate(arguments):
+        if argument == name and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{name}="):
+            return argument.removeprefix(f"{name}=")
+    return None
+
+
+def _without_option(arguments: list[str], name: str) -> list[str]:
+    kept = [argument for argument in arguments if not argument.startswith(f"{name}=")]
+    if name in kept:
+        place = kept.index(name)
+        kept[place : place + 2] = []
+    return kept
+
+
+def _quieten() -> None:
+    """Drop what a user of this tool can do nothing about."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: not re.search("Tip:|TPU available", record.getMessage()))
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything that must pass before a change lands: lint, format, types, tests.
+# Makes .venv if it is missing. Arguments go to pytest: scripts/test.sh -k resume
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+install '.[dev]'
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"

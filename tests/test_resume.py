@@ -1,0 +1,148 @@
+"""A run that was stopped and resumed equals one that never was: bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import equal, load, newest_checkpoint, read_metrics, run, write_config
+
+from lightning_sft.module import SFTModule
+
+
+class PulledPlugError(BaseException):
+    """Stands for a kill: no handler of the code under test may survive it."""
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the process die as it begins each of these optimizer steps, once each."""
+    left = set(steps)
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Any, batch_idx: int) -> Any:
+        if self.global_step in left:
+            left.remove(self.global_step)
+            raise PulledPlugError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
+
+
+def fit(config: Path, *arguments: str) -> None:
+    assert run("fit", "--config", config, *arguments) == 0
+
+
+def fit_until_done(config: Path, max_tries: int = 6) -> int:
+    """Start, and after each kill resume with `--ckpt_path last`; how many starts it took."""
+    for start in range(max_tries):
+        try:
+            fit(config, *(["--ckpt_path", "last"] if start else []))
+        except PulledPlugError:
+            continue
+        return start + 1
+    raise AssertionError("never finished")
+
+
+SCHEDULE = {"class_path": "lightning_sft.WarmupCosine", "init_args": {"warmup": 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "workers", "stops"),
+    [
+        (1, 0, (5,)),  # in the first epoch, two steps behind a checkpoint
+        (1, 2, (4, 5, 7)),  # three times in one epoch, prefetching workers
+        (1, 0, (8,)),  # at the first step of an epoch
+        (1, 0, (11, 14)),  # in the second epoch
+        (4, 0, (3,)),  # a window of four, a short one at the epoch's end
+        (4, 2, (1, 3)),
+    ],
+)
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accumulate: int,
+    workers: int,
+    stops: tuple[int, ...],
+) -> None:
+    config = write_config(
+        tmp_path,
+        model__architecture__drop_rate=0.1,
+        model__lr_scheduler=SCHEDULE,
+        trainer__accumulate_grad_batches=accumulate,
+        data__num_workers=workers,
+        checkpoints__every_n_steps=1 if accumulate > 1 else 3,
+    )
+    fit(config)
+    stop_before(monkeypatch, *stops)
+    config.write_text(config.read_text().replace("name: tiny", "name: stopped"))
+    assert fit_until_done(config) == len(stops) + 1
+
+    whole, resumed = tmp_path / "runs/tiny/version_0", tmp_path / "runs/stopped/version_0"
+    assert not (tmp_path / "runs/stopped/version_1").exists()  # it went on in its own folder
+    expected, got = load(newest_checkpoint(whole)), load(newest_checkpoint(resumed))
+    assert got["global_step"] == expected["global_step"] == (4 if accumulate > 1 else 16)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "tokens_seen", "epoch"):
+        assert equal(got[key], expected[key]), key
+    for column in ("train_loss", "lr", "tokens_seen", "val_loss", "val_eval_loss", "step"):
+        assert read_metrics(resumed, column) == read_metrics(whole, column), column
+    samples = [(folder / "samples.jsonl").read_text() for folder in (whole, resumed)]
+    assert samples[0] == samples[1]
+    kept = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (whole, resumed)]
+    assert kept[0] == kept[1]
+
+
+def test_dropout_without_its_seed_would_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: take the per-step seed away and the comparison must notice."""
+    monkeypatch.setattr(SFTModule, "on_train_batch_start", lambda *args: None)
+    config = write_config(
+        tmp_path, model__architecture__drop_rate=0.1, checkpoints__every_n_steps=3
+    )
+    fit(config)
+    stop_before(monkeypatch, 5)
+    config.write_text(config.read_text().replace("name: tiny", "name: stopped"))
+    fit_until_done(config)
+    states = [
+        load(newest_checkpoint(tmp_path / f"runs/{name}/version_0"))["state_dict"]
+        for name in ("tiny", "stopped")
+    ]
+    assert not equal(*states)
+
+
+def test_last_skips_a_damaged_checkpoint_and_a_named_one_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(
+        tmp_path, trainer__max_epochs=1, checkpoints={"every_n_steps": 4, "keep_last": 2}
+    )
+    fit(config)
+    newest = newest_checkpoint(tmp_path / "runs/tiny/version_0")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert run("fit", "--config", config, "--ckpt_path", newest) == 2
+    assert "is damaged" in capsys.readouterr().err
+    fit(config, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert f"skipped: ckpt_path: {newest} is damaged" in capsys.readouterr().out
+    resumed = newest_checkpoint(tmp_path / "runs/tiny/version_0")
+    assert load(resumed)["global_step"] == 16
+
+
+def test_last_without_a_checkpoint_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", "--config", write_config(tmp_path), "--ckpt_path", "last") == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sidecar_tells_sha_step_and_loss(tmp_path: Path) -> None:
+    fit(write_config(tmp_path, trainer__max_epochs=1))
+    folder = tmp_path / "runs/tiny/version_0"
+    facts = json.loads((folder / "checkpoints/step-000008.ckpt.json").read_text())
+    assert facts["step"] == 8
+    assert facts["val_loss"] == pytest.approx(read_metrics(folder, "val_loss")[-1])
+    assert len(facts["sha256"]) == 64
