@@ -11,7 +11,7 @@ import sys
 import threading
 
 from lightning_sft.cli import run_command
-from lightning_sft.errors import LightningSFTError
+from lightning_sft.errors import LightningSFTError, hide_keys
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     except LightningSFTError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {hide_keys(' '.join(str(error).split()))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -24,8 +21,10 @@ from tqdm import tqdm
 from lightning_sft import files
 from lightning_sft.data import InstructionDataModule
 from lightning_sft.errors import InputError
+from lightning_sft.generation import evaluating
 from lightning_sft.module import SFTModule
 from lightning_sft.plots import plot_loss_curve
+from lightning_sft.run_folder import folder_of
 
 
 class SampleResponses(L.Callback):
@@ -86,7 +85,7 @@ class SampleResponses(L.Callback):
             "output": entry.output,
             "response": answer,
         }
-        folder = _run_folder(trainer)
+        folder = folder_of(trainer)
         if folder is not None:
             files.append_line(folder / "samples.jsonl", json.dumps(record, ensure_ascii=False))
         for logger in trainer.loggers:
@@ -145,7 +144,7 @@ class LossCurve(L.Callback):
         )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = _run_folder(trainer)
+        folder = folder_of(trainer)
         if folder is not None and trainer.is_global_zero and self.points:
             plot_loss_curve(self.points, folder / "loss-curve.png")
 
@@ -154,7 +153,7 @@ class LossCurve(L.Callback):
     ) -> dict[str, float]:
         module, data = _ours(trainer, pl_module)
         losses = {}
-        with _evaluating(module), trainer.precision_plugin.val_step_context():
+        with torch.no_grad(), evaluating(module), trainer.precision_plugin.val_step_context():
             for split in ("train", "val"):
                 losses[split] = self._mean_loss(trainer, module, self._first_batches(data, split))
         point = {
@@ -232,11 +231,6 @@ def _ours(
     return pl_module, data
 
 
-def _run_folder(trainer: L.Trainer) -> Path | None:
-    # `trainer.log_dir` is a collective call: asked on one rank alone it would wait forever.
-    return Path(trainer.loggers[0].log_dir) if trainer.loggers else None  # type: ignore[arg-type]
-
-
 def _is_sharded(trainer: L.Trainer) -> bool:
     return type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
 
@@ -251,14 +245,3 @@ def _shown(text: str, limit: int = 300) -> str:
     """One line of a terminal; control characters would let an answer rewrite it."""
     line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(was_training)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import lightning as L
 import torch
@@ -22,6 +22,7 @@ from lightning_sft import files
 from lightning_sft.errors import InputError, ServiceError
 from lightning_sft.model import ARCHITECTURES, MODEL_SIZES, GPTConfig
 from lightning_sft.module import SFTModule
+from lightning_sft.run_folder import folder_of, version_numbers
 from lightning_sft.weights import book_state_dict
 
 
@@ -62,7 +63,7 @@ class _Hashed:
     def save(self, value: Any) -> None:
         """`torch.save`, with a full disk reported as what it is."""
         try:
-            torch.save(value, self)
+            torch.save(value, cast("IO[bytes]", self))
         except RuntimeError:
             raise self.error or ServiceError("a checkpoint could not be written") from None
 
@@ -137,10 +138,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out now, not after an epoch, that the folder cannot take a checkpoint."""
-        if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
-            return
-        folder = Path(trainer.log_dir) / "checkpoints"
-        if trainer.is_global_zero:
+        run = folder_of(trainer)
+        if run is not None and trainer.is_global_zero:
+            folder = run / "checkpoints"
             with files.atomic_write(folder / ".probe") as file:
                 file.write("can be written")
             (folder / ".probe").unlink()
@@ -172,9 +172,10 @@ class Checkpoints(Checkpoint):
 
     def save(self, trainer: L.Trainer) -> Path | None:
         """Save, then delete what is no longer to be kept; where the checkpoint is."""
-        if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        run = folder_of(trainer)
+        if run is None:
             return None
-        folder = Path(trainer.log_dir) / "checkpoints"
+        folder = run / "checkpoints"
         path = folder / f"step-{trainer.global_step:06d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
@@ -227,8 +228,8 @@ def find_checkpoint(wanted: str, run: Path) -> Path:
         if not path.is_file():
             raise InputError(f"ckpt_path: {path} is not a file; give a path, last or best")
         return path
-    versions = sorted(run.glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
-    for version in reversed(versions):
+    for number in reversed(version_numbers(run)):
+        version = run / f"version_{number}"
         saved = _checkpoints(version / "checkpoints")
         if wanted == "best" and (best := _best(saved)):
             return best
@@ -246,11 +247,10 @@ class FinalWeights(L.Callback):
     """Saves the fine-tuned weights as `<model>-sft.pth`, which the book's own code loads."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+        run = folder_of(trainer)
         assert isinstance(pl_module, SFTModule)
-        if trainer.is_global_zero:
-            path = Path(trainer.log_dir) / f"{model_name(pl_module.config)}-sft.pth"
+        if run is not None and trainer.is_global_zero:
+            path = run / f"{model_name(pl_module.config)}-sft.pth"
             with files.atomic_write(path, "wb") as file:
                 _Hashed(file).save(book_state_dict(pl_module.network))
             print(f"model saved as {path}")

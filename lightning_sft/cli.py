@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import re
+import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,11 @@ TRAINING = {
     "predict": "answer the test split",
 }
 COMMANDS = {
+    "compare": Command("compare", "compare", "weigh the answers of two or more runs"),
+    "report": Command("report", "report", "make report.html of a run folder"),
+    "score": Command("score", "score", "have another model rate answers from 0 to 100"),
     "chat": Command("chat", "chat", "answer instructions typed at a terminal"),
-    "download": Command("weights", "download_command", "fetch GPT-2's weights for later"),
+    "download": Command("weight_files", "download_command", "fetch GPT-2's weights for later"),
 }
 PACKAGE = Path(__file__).parent
 
@@ -131,8 +135,13 @@ def _run_function(name: str, function: Any, arguments: list[str]) -> int:
     parameters = inspect.signature(function).parameters.values()
     by_name = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     by_place = {p.name for p in parameters} - by_name
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=by_name)
-    parser.add_function_arguments(function, as_group=False, skip=by_place)
+    lists = _list_parameters(function)
+    for parameter, item in lists.items():
+        parser.add_argument(parameter, nargs="+", type=item)
+    parser.add_function_arguments(
+        function, as_group=False, as_positional=True, skip={*by_name, *lists}
+    )
+    parser.add_function_arguments(function, as_group=False, skip={*by_place})
     try:
         config = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -140,6 +149,16 @@ def _run_function(name: str, function: Any, arguments: list[str]) -> int:
     settings = parser.instantiate_classes(config)
     settings.pop("config", None)
     return function(**settings) or 0
+
+
+def _list_parameters(function: Any) -> dict[str, Any]:
+    """Required parameters that are lists, with their items' type: `compare A B C`."""
+    hints = typing.get_type_hints(function)
+    return {
+        p.name: typing.get_args(hints[p.name])[0]
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and typing.get_origin(hints[p.name]) is list
+    }
 
 
 def option_names(parser: Any) -> list[str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_sft import files
+from lightning_sft import downloads, files
 from lightning_sft.errors import InputError
 
 BOOK_DATA_URL = (
@@ -129,13 +129,20 @@ def local_path(path: str | Path) -> Path:
         url = str(path)
         # The name alone would let two addresses that end alike share one cached file.
         address = hashlib.sha256(url.encode()).hexdigest()[:8]
-        name = Path(urllib.parse.urlsplit(url).path).name or "data.json"
+        try:
+            name = Path(urllib.parse.urlsplit(url).path).name or "data.json"
+        except ValueError as error:
+            raise InputError(f"{url}: not a URL ({error})") from None
         cached = files.cache_dir() / "data" / address / name
-        return files.download(url, cached, sha256=KNOWN_SHA256.get(url))
-    local = Path(path).expanduser()
-    if not local.exists():
+        return downloads.download(url, cached, sha256=KNOWN_SHA256.get(url), check=read_records)
+    try:
+        local = Path(path).expanduser()
+        exists, is_file = local.exists(), local.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
+        raise InputError(f"{str(path)[:80]!r} is not a path ({_one_line(error)})") from None
+    if not exists:
         raise InputError(f"{local}: no such file; give a JSON or JSONL file, or a URL")
-    if not local.is_file():
+    if not is_file:
         raise InputError(f"{local}: not a regular file; give a JSON or JSONL file, or a URL")
     return local
 
@@ -160,8 +167,8 @@ def read_records(path: Path) -> list[Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        # utf-8-sig also accepts the byte-order mark that some editors write.
-        return path.read_bytes().decode("utf-8-sig")
+        # Some editors write a byte-order mark. The codec utf-8-sig would miscount offsets by it.
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8"

@@ -6,6 +6,11 @@ A message is one line: what is wrong, where, and what is allowed. `__main__.py` 
 
 from __future__ import annotations
 
+import re
+
+# What API keys of the usual providers look like.
+KEY_SHAPE = re.compile(r"\b(?:sk-|hf_|gsk_|AIza)[A-Za-z0-9_-]{12,}")
+
 
 class LightningSFTError(Exception):
     """Base of the errors that a user can act on."""
@@ -29,3 +34,8 @@ class IncompleteError(LightningSFTError):
     """The command finished, but part of the work is missing (for example unscored answers)."""
 
     exit_code = 4
+
+
+def hide_keys(text: str) -> str:
+    """`text` with whatever looks like an API key starred out; messages end up in logs."""
+    return KEY_SHAPE.sub("***", text)

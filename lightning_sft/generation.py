@@ -87,6 +87,7 @@ def generate(
         InputError: A prompt is empty or fills the context, or a setting is out of range.
     """
     config = GenerationConfig(max_new_tokens, temperature, top_k, top_p, batch_size, seed)
+    check_prompts(prompts, model.config.context_length)
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for begin in range(0, len(by_length), batch_size):
@@ -120,14 +121,14 @@ def decode(
         `(row, token)` of every row that took a token in this step, and `(row, None)` when a row is
         finished. End-of-text is not yielded.
     """
-    _check_prompts(prompts, model.config.context_length)
+    check_prompts(prompts, model.config.context_length)
     keys = range(len(prompts)) if keys is None else keys
     rngs = [torch.Generator().manual_seed(_mix(config.seed, key)) for key in keys]
     longest = max(map(len, prompts))
     room = [model.config.context_length - len(prompt) for prompt in prompts]
     left = [min(config.max_new_tokens, free) for free in room]  # tokens each row may still take
     active = list(range(len(prompts)))
-    with _evaluating(model):
+    with evaluating(model):
         most = min(longest + max(left), model.config.context_length)
         cache = _new_cache(model, len(prompts), most)
         logits = _prefill(model, prompts, cache)
@@ -220,7 +221,12 @@ def _close_gaps(kept: list[int], size: int) -> list[int]:
     return slots
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], context_length: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], context_length: int) -> None:
+    """Refuse prompts that cannot be answered, before any is.
+
+    Raises:
+        InputError: Names the first one that is empty or fills the context.
+    """
     for place, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {place} is empty; it must hold at least one token")
@@ -237,11 +243,12 @@ def _mix(seed: int, key: int) -> int:
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to the mode before."""
-    was_training = model.training
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each part back to its own mode before."""
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for part, was_training in modes.items():
+            part.training = was_training

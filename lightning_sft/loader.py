@@ -91,7 +91,7 @@ class TrainLoader:
         self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.group_by_length, self.current_epoch = group_by_length, current_epoch
-        self.workers = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self._handed_out = 0
         self._epoch = 0
         self._resume_at: tuple[int, int] | None = None  # (epoch, batches already handed out)
@@ -123,7 +123,8 @@ class TrainLoader:
             collate_fn=self.collate,
             # Without its own generator each pass would draw from the global one.
             generator=torch.Generator().manual_seed(0),
-            **self.workers,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
         )
         for place, batch in enumerate(loader, start):
             self._handed_out = place + 1  # before the yield: the step may save a checkpoint

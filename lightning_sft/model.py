@@ -54,9 +54,16 @@ class GPTConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"architecture: {name} is {getattr(self, name)}; it must be >= 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)  # bool is an int to Python, and is none here
+            allowed = (float, int) if kind is float else (kind,)
+            if type(value) not in allowed:
+                raise InputError(
+                    f"architecture: {field.name} is {value!r}; it must be of type {kind.__name__}"
+                )
+            if kind is int and value < 1:
+                raise InputError(f"architecture: {field.name} is {value}; it must be >= 1")
         if self.emb_dim % self.n_heads:
             raise InputError(
                 f"architecture: emb_dim {self.emb_dim} is not divisible by n_heads {self.n_heads}"
@@ -209,9 +216,9 @@ class MultiHeadAttention(nn.Module):
         layer: int = 0,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        projections = (self.W_query(x), self.W_key(x), self.W_value(x))  # (B, T, D) or (N, D)
+        projections = [self.W_query(x), self.W_key(x), self.W_value(x)]  # (B, T, D) or (N, D)
         if layout is not None:
-            projections = tuple(F.embedding(layout.gather, p) for p in projections)  # (B, T, D)
+            projections = [F.embedding(layout.gather, p) for p in projections]  # (B, T, D)
         query, key, value = (
             p.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
             for p in projections

@@ -101,7 +101,7 @@ class SFTModule(L.LightningModule):
         self.tokens_seen = 0
         self.val_loss = TokenLoss()
         self.on_answer: Callable[[int, list[int]], None] | None = None
-        self._step_loss = 0.0
+        self._step_loss = torch.zeros(())
 
     def configure_model(self) -> None:
         """Make the model and read its weights, once; a checkpoint to come spares the reading."""
@@ -154,6 +154,9 @@ class SFTModule(L.LightningModule):
         )
         return loss, supervised.sum()
 
+    def on_train_epoch_start(self) -> None:
+        self._step_loss = torch.zeros((), device=self.device)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout is a function of seed, epoch, step and rank: a resumed run repeats it."""
         place = self.current_epoch * 1_000_003 + batch_idx
@@ -163,10 +166,10 @@ class SFTModule(L.LightningModule):
         loss_sum, _ = self.sum_loss(batch)
         self.tokens_seen += batch["num_tokens"] * self.trainer.world_size
         share = loss_sum / batch["step_targets"]
-        self._step_loss = share.detach() + self._step_loss
+        self._step_loss = self._step_loss + share.detach()
         if self.ends_step(self.trainer, batch_idx):
             self._log_step(self._step_loss, batch)
-            self._step_loss = 0.0
+            self._step_loss = torch.zeros((), device=self.device)
         # Lightning divides by the micro-batches of a step, and ranks are averaged: undo both.
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -235,10 +238,10 @@ class SFTModule(L.LightningModule):
         if isinstance(scheduler, WarmupCosine):
             scheduler.total_steps = self._count_steps()
         if isinstance(scheduler, ReduceLROnPlateau):
-            settings: dict[str, Any] = {"interval": "epoch", "monitor": "val_loss"}
-        else:
-            settings = {"interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **settings}}
+            plateau: Any = {"scheduler": scheduler, "interval": "epoch", "monitor": "val_loss"}
+            return {"optimizer": optimizer, "lr_scheduler": plateau}
+        every_step: Any = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": every_step}
 
     def _count_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -305,6 +308,8 @@ class TokenLoss(Metric):
     """Cross-entropy per supervised token over everything it has seen, on all ranks."""
 
     full_state_update = False
+    loss_sum: torch.Tensor
+    num_targets: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
     ids: Sequence[int]
     prompt_length: int = 0
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # shadows tuple.index, which nobody calls on a row
 
 
 def tokenize(entry: Entry, style: PromptStyle, tokenizer: Tokenizer, index: int = 0) -> Row:
@@ -102,7 +102,7 @@ class TokenRows(Sequence[Row]):
         # Position t predicts token t+1, so the prompt's last position predicts the first answer
         # token and carries loss even when the prompt does not.
         first = np.maximum(self.prompt_lengths - 1, 0) if mask_prompt else 0
-        return np.minimum(self.lengths, max_length) - first
+        return (np.minimum(self.lengths, max_length) - first).astype(np.int64)
 
     def select(self, keep: npt.NDArray[np.bool_]) -> TokenRows:
         """The rows where `keep` is true."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -32,14 +34,34 @@ COLUMNS = [
 ]
 
 
+def folder_of(trainer: Trainer) -> Path | None:
+    """The folder that a run's loggers write into; None without them, or in a trial run.
+
+    `trainer.log_dir` would not do: it is a collective call, and waits forever when one rank asks.
+    """
+    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    return Path(str(trainer.loggers[0].log_dir))
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, known from the environment before any trainer exists."""
+    return getattr(rank_zero_only, "rank", None) in (None, 0)
+
+
+def version_numbers(parent: Path) -> list[int]:
+    """The numbers of all `version_N` in a folder, in order."""
+    names = (re.fullmatch(r"version_([0-9]+)", path.name) for path in parent.glob("version_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
 def next_version(parent: Path) -> Path:
     """Take the next free `version_N`. Making the folder is the claim, so two runs never share.
 
     Only the first process makes it; the others' answer may lag behind and is not to be used.
     """
-    taken = [int(p.name[8:]) for p in parent.glob("version_*") if p.name[8:].isdigit()]
-    number = max(taken, default=-1) + 1
-    while rank_zero_only.rank in (None, 0):
+    number = max(version_numbers(parent), default=-1) + 1
+    while is_first_process():
         try:
             (parent / f"version_{number}").mkdir(parents=True)
             break
@@ -107,7 +129,7 @@ class EventsLogger(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, step: int | None = None) -> None:
-        purge = {} if step is None else {"purge_step": step + 1}
+        purge: dict[str, Any] = {} if step is None else {"purge_step": step + 1}
         super().__init__(
             save_dir=folder.parent.parent,
             name=folder.parent.name,

@@ -25,7 +25,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_sft import files
 from lightning_sft.callbacks import LossCurve, SampleResponses, Throughput
@@ -44,7 +43,14 @@ from lightning_sft.model import get_config
 from lightning_sft.module import SFTModule
 from lightning_sft.prompts import get_style
 from lightning_sft.response_writer import ResponseWriter
-from lightning_sft.run_folder import EventsLogger, MetricsFile, next_version, rewind
+from lightning_sft.run_folder import (
+    EventsLogger,
+    MetricsFile,
+    folder_of,
+    is_first_process,
+    next_version,
+    rewind,
+)
 from lightning_sft.signals import StopOnSignal
 
 # What a config's class_path may name. Anything else, importable or not, is refused: a config is
@@ -128,7 +134,7 @@ class SFTCLI(LightningCLI):
             self._claim(folder)
             if trainer.get("logger") in (None, True):
                 step = self._checkpoint_step
-                if step is not None and rank_zero_only.rank in (None, 0):
+                if step is not None and is_first_process():
                     rewind(folder, step)
                 kwargs["logger"] = [EventsLogger(folder, step), MetricsFile(folder)]
         else:
@@ -148,7 +154,7 @@ class SFTCLI(LightningCLI):
 
     def _claim(self, folder: Path) -> None:
         """One writer per run folder, until this process ends in whatever way."""
-        if rank_zero_only.rank not in (None, 0):
+        if not is_first_process():
             return
         self._lock = filelock.FileLock(folder / ".lock")
         try:
@@ -173,10 +179,10 @@ class SaveRunConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run folder; a resumed run's goes beside it, numbered."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage != "fit" or self.already_saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = folder_of(trainer)
+        if stage != "fit" or self.already_saved or folder is None:
             return
-        folder = Path(trainer.log_dir or ".")
-        if trainer.is_global_zero and trainer.log_dir is not None:
+        if trainer.is_global_zero:
             path = folder / "config.yaml"
             number = 1
             while path.exists():
@@ -318,5 +324,6 @@ def _quieten() -> None:
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     log.addFilter(lambda record: not re.search("Tip:|TPU available", record.getMessage()))
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # TokenLoss has summed up
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
