@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_sft.errors import InputError
+from lightning_sft.files import shipped_folder
 
 
 class Command(NamedTuple):
@@ -40,7 +41,6 @@ COMMANDS = {
     "chat": Command("chat", "chat", "answer instructions typed at a terminal"),
     "download": Command("weight_files", "download_command", "fetch GPT-2's weights for later"),
 }
-PACKAGE = Path(__file__).parent
 
 
 def run_command(argv: list[str]) -> int:
@@ -105,12 +105,6 @@ def find_shipped(name: str, what: str) -> Path:
     raise InputError(
         f"{what}: {name} is not a file here{_nearest(name, names)}; shipped: {', '.join(names)}"
     )
-
-
-def shipped_folder() -> Path:
-    """`configs/`: inside the package when installed from a wheel, beside it in a checkout."""
-    inside = PACKAGE / "configs"
-    return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
 def explain(message: str, allowed: list[str] | None = None) -> str:

@@ -172,7 +172,8 @@ class InstructionDataModule(L.LightningDataModule):
     """Instruction data, split, tokenized and batched.
 
     Args:
-        path: JSON or JSONL file or URL. The chapter's data by default.
+        path: JSON or JSONL file, URL, or the name of a file that the package ships. The chapter's
+            data by default.
         val_path: Validation entries from a file of their own; `path` is then not cut for them.
         test_path: Likewise for test entries.
         field_names: The file's names where they differ, e.g. `{input: context}`.

@@ -140,6 +140,8 @@ def local_path(path: str | Path) -> Path:
         exists, is_file = local.exists(), local.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
         raise InputError(f"{str(path)[:80]!r} is not a path ({_one_line(error)})") from None
+    if not exists and (files.shipped_folder() / local).is_file() and local.name == str(local):
+        return files.shipped_folder() / local
     if not exists:
         raise InputError(f"{local}: no such file; give a JSON or JSONL file, or a URL")
     if not is_file:

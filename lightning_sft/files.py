@@ -32,6 +32,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_sft"
 
 
+def shipped_folder() -> Path:
+    """`configs/`: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
 def sha256_of(path: str | Path) -> str:
     """The file's sha256 as 64 hexadecimal digits."""
     digest = hashlib.sha256()

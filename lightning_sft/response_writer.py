@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from lightning_sft import files
 from lightning_sft.data import InstructionDataModule
 from lightning_sft.entries import Entry
 from lightning_sft.errors import InputError, ServiceError
+from lightning_sft.metrics import exact_match, token_f1
 from lightning_sft.module import SFTModule
-
-RESPONSES_NAME = "instruction-data-with-response.json"
+from lightning_sft.responses import RESPONSES_NAME
 
 
 class ResponseWriter(L.Callback):
@@ -105,7 +106,9 @@ class ResponseWriter(L.Callback):
         files.write_json(path, records)
         for part in self._parts():
             part.unlink()
-        print(f"{len(records)} answers written to {path}")
+        print(f"\n{len(records)} answers written to {path}")
+        if all(entry.output for entry in self._entries):
+            print(_table([(answered[i], entry.output) for i, entry in enumerate(self._entries)]))
 
     def _count(self, place: int, ids: list[int]) -> None:
         if self._bar is not None:
@@ -123,6 +126,23 @@ class ResponseWriter(L.Callback):
                     return {}
                 answered[record["index"]] = record["response"]
         return answered
+
+
+def _table(pairs: list[tuple[str, str]]) -> str:
+    """How near the answers are to the wanted ones, for a first look; `report` says more."""
+    identical = sum(answer == wanted for answer, wanted in pairs)
+    share = 100 * identical / len(pairs)
+    return "\n".join(
+        [
+            f"  identical     {share:5.1f} %  ({identical} of {len(pairs)})",
+            f"  exact match   {_mean(exact_match, pairs):5.1f} %  (but for case, stops, articles)",
+            f"  token F1      {_mean(token_f1, pairs):5.1f} %",
+        ]
+    )
+
+
+def _mean(metric: Callable[[str, str], float], pairs: list[tuple[str, str]]) -> float:
+    return sum(metric(answer, wanted) for answer, wanted in pairs) / len(pairs)
 
 
 def _identify(module: SFTModule, entries: list[Entry], ckpt_path: Any) -> str:

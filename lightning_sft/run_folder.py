@@ -6,19 +6,23 @@ so that curves and samples read like those of a run that was never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_sft import files
+from lightning_sft.errors import InputError
 
 COLUMNS = [
     "step",
@@ -68,6 +72,54 @@ def next_version(parent: Path) -> Path:
         except FileExistsError:
             number += 1
     return parent / f"version_{number}"
+
+
+class RunClaim:
+    """The one writer of a run folder, from before the first file to the end of the process.
+
+    A folder made for a run that never began (bad data, missing weights) is taken away again.
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.begun = False
+        self._made = False
+        self._lock: filelock.BaseFileLock | None = None
+
+    def make(self, parent: Path) -> Path:
+        """A folder for a new run."""
+        self.folder, self._made = next_version(parent), is_first_process()
+        return self._hold(self.folder)
+
+    def reopen(self, folder: Path) -> Path:
+        """The folder of a run that goes on.
+
+        Raises:
+            InputError: Another process is writing into it.
+        """
+        self.folder = folder
+        return self._hold(folder)
+
+    def _hold(self, folder: Path) -> Path:
+        if is_first_process():
+            self._lock = filelock.FileLock(folder / ".lock")
+            try:
+                self._lock.acquire(blocking=False)
+            except filelock.Timeout:
+                raise InputError(f"{folder}: another process is writing into this run") from None
+        return folder
+
+    def __enter__(self) -> RunClaim:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        if self.folder is not None and self._made and not self.begun:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for parent in (self.folder.parent, self.folder.parent.parent):
+                with contextlib.suppress(OSError):  # other runs are in it
+                    parent.rmdir()
 
 
 def rewind(folder: Path, step: int) -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jsonargparse
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -46,9 +45,8 @@ from lightning_sft.response_writer import ResponseWriter
 from lightning_sft.run_folder import (
     EventsLogger,
     MetricsFile,
+    RunClaim,
     folder_of,
-    is_first_process,
-    next_version,
     rewind,
 )
 from lightning_sft.signals import StopOnSignal
@@ -81,7 +79,15 @@ class RunConfig:
 
 
 class SFTCLI(LightningCLI):
-    """LightningCLI with the project's links, run folder and indispensable callbacks."""
+    """LightningCLI with the project's links, run folder and indispensable callbacks.
+
+    Args:
+        claim: Takes the run folder, and outlives this object.
+    """
+
+    def __init__(self, *args: Any, claim: RunClaim | None = None, **kwargs: Any) -> None:
+        self.claim = claim or RunClaim()
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -131,12 +137,11 @@ class SFTCLI(LightningCLI):
             folder = self._folder()
             checkpoints = self._get(self.config_init, "checkpoints")
             callbacks += [Throughput(), FinalWeights(), StopOnSignal(checkpoints)]
-            self._claim(folder)
             if trainer.get("logger") in (None, True):
-                step = self._checkpoint_step
-                if step is not None and is_first_process():
-                    rewind(folder, step)
-                kwargs["logger"] = [EventsLogger(folder, step), MetricsFile(folder)]
+                kwargs["logger"] = [
+                    EventsLogger(folder, self._checkpoint_step),
+                    MetricsFile(folder),
+                ]
         else:
             kwargs["logger"] = False
         if self.subcommand == "predict":
@@ -150,48 +155,52 @@ class SFTCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
         kwargs["use_distributed_sampler"] = False  # the loaders deal their rows to ranks themselves
         self.trainer_defaults = {"callbacks": callbacks}
+        self.save_config_kwargs = {"claim": self.claim, "step": self._checkpoint_step}
         return super().instantiate_trainer(**kwargs)
-
-    def _claim(self, folder: Path) -> None:
-        """One writer per run folder, until this process ends in whatever way."""
-        if not is_first_process():
-            return
-        self._lock = filelock.FileLock(folder / ".lock")
-        try:
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise InputError(f"{folder}: another process is writing into this run") from None
 
     def _folder(self) -> Path:
         """This run's folder, the same for all its processes; made by the first one."""
         if self.checkpoint is not None and self.checkpoint.parent.name == "checkpoints":
-            return self.checkpoint.parent.parent
+            return self.claim.reopen(self.checkpoint.parent.parent)
         known = os.environ.get(RUN_FOLDER_VARIABLE)
         if known:
             return Path(known)
-        parent = _run_parent(self.config[self.config.subcommand])
-        folder = next_version(parent)
+        folder = self.claim.make(_run_parent(self.config[self.config.subcommand]))
         os.environ[RUN_FOLDER_VARIABLE] = str(folder)
         return folder
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run folder; a resumed run's goes beside it, numbered."""
+    """When a run really begins: writes `config.yaml`, or a numbered one when it goes on.
+
+    Args:
+        claim: Told that the run has begun.
+        step: Of the checkpoint that the run goes on from; what lay behind it is taken back.
+    """
+
+    def __init__(self, parser: Any, config: Any, claim: RunClaim, step: int | None) -> None:
+        super().__init__(parser, config)
+        self.claim, self.step = claim, step
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Not yet: weights and checkpoint are still to be read, and may be refused."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.claim.begun = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.claim.begun = True
         folder = folder_of(trainer)
-        if stage != "fit" or self.already_saved or folder is None:
+        if folder is None or not trainer.is_global_zero:
             return
-        if trainer.is_global_zero:
-            path = folder / "config.yaml"
-            number = 1
-            while path.exists():
-                path = folder / f"config-resumed-{number}.yaml"
-                number += 1
-            text = self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
-            with files.atomic_write(path) as file:
-                file.write(text)
-        self.already_saved = True
+        if self.step is not None:
+            rewind(folder, self.step)
+        path, number = folder / "config.yaml", 1
+        while path.exists():
+            path, number = folder / f"config-resumed-{number}.yaml", number + 1
+        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
+        with files.atomic_write(path) as file:
+            file.write(text)
 
 
 def run_training(subcommand: str, arguments: list[str]) -> int:
@@ -215,14 +224,16 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
     try:
         # LightningCLI reads them from here, and so do the ranks that Lightning starts.
         sys.argv = [own_arguments[0], subcommand, *arguments]
-        SFTCLI(
-            SFTModule,
-            InstructionDataModule,
-            save_config_callback=SaveRunConfig,
-            seed_everything_default=123,
-            auto_configure_optimizers=False,
-            parser_kwargs={**parsers, subcommand: parsers},
-        )
+        with RunClaim() as claim:
+            SFTCLI(
+                SFTModule,
+                InstructionDataModule,
+                claim=claim,
+                save_config_callback=SaveRunConfig,
+                seed_everything_default=123,
+                auto_configure_optimizers=False,
+                parser_kwargs={**parsers, subcommand: parsers},
+            )
     except MisconfigurationException as error:
         raise InputError(f"{subcommand}: {explain(str(error))}") from None
     finally:

@@ -72,6 +72,7 @@ def test_files_of_a_run_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "runs/tiny/version_0"
     made = {str(p.relative_to(tmp_path)) for p in set(tmp_path.rglob("*")) - before if p.is_file()}
     names = {
+        ".lock",
         "config.yaml",
         "metrics.csv",
         "samples.jsonl",
