@@ -253,6 +253,14 @@ def test_a_finished_epoch_has_nothing_left():
     loader = make_loader()
     loader.load_state_dict({"epoch": 0, "batches": 5})
     assert list(loader) == []
+    assert loader.state_dict() == {"epoch": 0, "batches": 5}
+
+
+def test_a_place_is_kept_until_it_is_used():
+    """Stopped again before the first batch: the next checkpoint must not start the epoch anew."""
+    loader = make_loader()
+    loader.load_state_dict({"epoch": 1, "batches": 3})
+    assert loader.state_dict() == {"epoch": 1, "batches": 3}
 
 
 def test_the_state_is_plain():
@@ -292,14 +300,18 @@ def test_grouping_groups():
 
 
 def test_grouped_batches_come_in_a_seeded_mixed_order():
-    orders = [
-        indices(make_loader(400, group_by_length=True, seed=seed, current_epoch=lambda: epoch))  # noqa: B023
-        for seed, epoch in ((1, 0), (1, 0), (2, 0), (1, 1))
-    ]
-    assert orders[0] == orders[1]
-    assert orders[0] != orders[2]
-    assert orders[0] != orders[3]
-    lengths = [1 + part[0] % 7 for part in orders[0]]
+    """One window of 50 batches, so that sorting gives the same lengths whatever the order."""
+
+    def longest_of_each_batch(seed: int, epoch: int) -> list[int]:
+        settings = {"group_by_length": True, "seed": seed, "current_epoch": lambda: epoch}
+        return [max(1 + i % 7 for i in part) for part in indices(make_loader(200, **settings))]
+
+    lengths = longest_of_each_batch(1, 0)
+    assert lengths == longest_of_each_batch(1, 0)
+    for seed, epoch in ((2, 0), (1, 1)):
+        other = longest_of_each_batch(seed, epoch)
+        assert other != lengths
+        assert sorted(other) == sorted(lengths)
     assert lengths != sorted(lengths)
 
 

@@ -165,21 +165,27 @@ def test_dropout_is_off_in_evaluation(make_model, tiny_config):
     assert not torch.allclose(first, second)  # control: in training it is on
 
 
-@pytest.mark.parametrize("part", ["drop_emb", "attention", "drop_shortcut"])
-def test_dropout_is_where_the_book_has_it(make_model, tiny_config, part):
-    """Each of the three alone makes two passes differ."""
-    model = make_model(dataclasses.replace(tiny_config, drop_rate=0.5)).train()
+def set_dropout(model: GPTModel, embedding: float, attention: float, shortcut: float) -> None:
+    model.drop_emb.p = embedding
     for block in model.trf_blocks:
-        block.att.drop_rate = 0.5 if part == "attention" else 0.0
-        block.drop_shortcut.p = 0.5 if part == "drop_shortcut" else 0.0
-    model.drop_emb.p = 0.5 if part == "drop_emb" else 0.0
-    input_ids = random_ids(2, 9)
-    with torch.no_grad():
-        assert not torch.allclose(model(input_ids), model(input_ids))
-        model.drop_emb.p = 0.0
-        for block in model.trf_blocks:
-            block.att.drop_rate = block.drop_shortcut.p = 0.0
-        assert torch.equal(model(input_ids), model(input_ids))  # control
+        block.att.drop_rate, block.drop_shortcut.p = attention, shortcut
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.5)], ids=str)
+def test_each_dropout_works_alone(make_model, rates):
+    model, input_ids = make_model().train().requires_grad_(False), random_ids(2, 9)
+    set_dropout(model, *rates)
+    assert not torch.allclose(model(input_ids), model(input_ids))
+    set_dropout(model, 0.0, 0.0, 0.0)
+    assert torch.equal(model(input_ids), model(input_ids))  # control
+
+
+def test_both_shortcuts_of_a_block_have_dropout(make_model):
+    """With all of what blocks add dropped, only the embeddings are left."""
+    model, input_ids = make_model().train().requires_grad_(False), random_ids(2, 9)
+    set_dropout(model, 0.0, 0.0, 1.0)
+    embedded = model.tok_emb(input_ids) + model.pos_emb(torch.arange(9))
+    torch.testing.assert_close(model(input_ids), model.out_head(model.final_norm(embedded)))
 
 
 def test_tied_embeddings_share_one_parameter(make_model, tiny_config):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,15 +314,28 @@ def test_another_tokenizer_has_its_own_file(cache):
     assert len(folders(cache)) == 2
 
 
-def tokenize_numbers(_: int) -> str:
-    """In a process of its own; the digest of what it got."""
-    entries = [Entry(str(number), "", "x") for number in range(300)]
-    return tokenize_entries(entries, ALPACA, gpt2_tokenizer()).fingerprint()
+class SlowTokenizer(CountingTokenizer):
+    """Notes in a file that processes share when it is asked, and takes its time."""
+
+    def __init__(self, notes: Path) -> None:
+        super().__init__()
+        self.notes = notes
+
+    def encode(self, text: str) -> list[int]:
+        with self.notes.open("a") as file:
+            file.write("asked\n")
+        time.sleep(0.05)
+        return super().encode(text)
 
 
-def test_processes_at_once_make_one_good_folder(cache, monkeypatch):
+def tokenize_slowly(notes: Path) -> str:
+    return tokenize_entries(SET, TERSE, SlowTokenizer(notes)).fingerprint()
+
+
+def test_of_processes_at_once_one_tokenizes(cache, tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        prints = pool.map(tokenize_numbers, range(4), chunksize=1)
+        prints = pool.map(tokenize_slowly, [tmp_path / "notes"] * 4, chunksize=1)
+    assert (tmp_path / "notes").read_text().count("asked") == 6  # two texts an entry
+    expected = [tokenize(entry, TERSE, CountingTokenizer(), i) for i, entry in enumerate(SET)]
+    assert prints == [TokenRows.from_rows(expected).fingerprint()] * 4
     assert len(folders(cache)) == 1
-    monkeypatch.setattr(rows_module, "CACHE_FROM_ENTRIES", 999)
-    assert prints == [tokenize_numbers(0)] * 4

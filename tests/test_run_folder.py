@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,16 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_sft.run_folder import COLUMNS, EventsLogger, MetricsFile, next_version, rewind
+from lightning_sft.errors import InputError
+from lightning_sft.run_folder import (
+    COLUMNS,
+    EventsLogger,
+    MetricsFile,
+    RunClaim,
+    next_version,
+    rewind,
+    version_numbers,
+)
 
 
 @pytest.fixture
@@ -76,6 +86,84 @@ def test_processes_never_share_a_version(tmp_path):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         taken = pool.map(next_version, [tmp_path] * 40, chunksize=1)
     assert len({path.name for path in taken}) == len(taken) == 40
+
+
+def test_version_numbers(tmp_path):
+    for name in ("version_10", "version_9", "version_0", "version_x", "version_1b", "notes"):
+        (tmp_path / name).mkdir()
+    assert version_numbers(tmp_path) == [0, 9, 10]
+    assert version_numbers(tmp_path / "missing") == []
+
+
+# --- One writer a folder ---
+
+
+def test_a_run_that_began_keeps_its_folder(tmp_path):
+    with RunClaim() as claim:
+        folder = claim.make(tmp_path / "runs" / "name")
+        assert folder == tmp_path / "runs" / "name" / "version_0"
+        claim.begun = True
+    assert folder.is_dir()
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path):
+    with RunClaim() as claim:
+        folder = claim.make(tmp_path / "runs" / "name")
+        (folder / "config.yaml").write_text("a: 1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_runs_stay(tmp_path):
+    next_version(tmp_path / "runs" / "name")
+    with RunClaim() as claim:
+        assert claim.make(tmp_path / "runs" / "name").name == "version_1"
+    assert [path.name for path in (tmp_path / "runs" / "name").iterdir()] == ["version_0"]
+
+
+def test_a_run_that_goes_on_is_never_taken_away(folder):
+    with RunClaim() as claim:
+        assert claim.reopen(folder) == folder
+    assert folder.is_dir()
+
+
+def reopen_in_another_process(folder: Path) -> str:
+    try:
+        with RunClaim() as claim:
+            claim.reopen(folder)
+    except InputError as error:
+        return str(error)
+    return "reopened"
+
+
+def test_a_folder_has_one_writer(folder):
+    with multiprocessing.get_context("fork").Pool(1) as pool, RunClaim() as claim:
+        claim.reopen(folder)
+        assert pool.apply(reopen_in_another_process, (folder,)) == (
+            f"{folder}: another process is writing into this run"
+        )
+        claim.__exit__()
+        assert pool.apply(reopen_in_another_process, (folder,)) == "reopened"  # control
+
+
+def test_the_writer_may_be_killed(folder):
+    """The kernel frees the lock of a process that is no more."""
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+
+    def hold() -> None:
+        claim = RunClaim()  # a claim that nobody keeps would be given back
+        claim.reopen(folder)
+        held.set()
+        time.sleep(60)
+
+    process = context.Process(target=hold)
+    process.start()
+    assert held.wait(30)
+    with pytest.raises(InputError, match="another process is writing"):
+        RunClaim().reopen(folder)
+    process.kill()
+    process.join(30)
+    assert RunClaim().reopen(folder) == folder
 
 
 # --- metrics.csv ---

@@ -1,0 +1,152 @@
+"""Two kinds of picture as inline SVG: lines over steps, and bars of a distribution.
+
+Drawn here and not by matplotlib, because a page then follows the reader's light or dark colours
+(the page's CSS classes colour the lines), stays sharp on a phone, and `report` starts at once.
+
+    >>> svg = line_chart("Loss", {"train": [(1, 2.5), (2, 2.1)]}, x_label="step")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+Point = tuple[float, float]
+
+WIDTH, HEIGHT = 400, 230  # in SVG units; few enough that 13-unit text is readable on a phone
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+MOST_POINTS = 500  # more would only make the page heavy
+MOST_MARKERS = 40
+
+
+def line_chart(
+    title: str, series: Mapping[str, Sequence[Point]], x_label: str, from_zero: bool = False
+) -> str:
+    """One line per series, on common axes, with a legend. Points that are not finite are left out.
+
+    Args:
+        from_zero: Let the vertical axis start at 0, so that noise does not look like change.
+
+    Returns:
+        A `<figure>`, or "" when no series has a point.
+    """
+    lines = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        for name, points in series.items()
+    }
+    lines = {name: _thin(points) for name, points in lines.items() if points}
+    if not lines:
+        return ""
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    x_ticks = _ticks(min(xs), max(xs), 5)
+    y_ticks = _ticks(min(0.0, *ys) if from_zero else min(ys), max(ys), 5)
+    x_low, x_high, y_low, y_high = x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> tuple[str, str]:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * (x - x_low) / (x_high - x_low)
+        down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_low) / (y_high - y_low)
+        return f"{across:.1f}", f"{down:.1f}"
+
+    parts = []
+    for tick in y_ticks:
+        left, down = place(x_low, tick)
+        parts.append(
+            f'<line class="grid" x1="{left}" y1="{down}" x2="{WIDTH - RIGHT}" y2="{down}"/>'
+            f'<text x="{LEFT - 7}" y="{down}" dy="4" text-anchor="end">{_number(tick)}</text>'
+        )
+    for tick in x_ticks:
+        across, label = place(tick, y_low)[0], _number(tick)
+        parts.append(
+            f'<text x="{across}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{label}</text>'
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(
+        f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    for number, points in enumerate(lines.values()):
+        spots = " ".join(",".join(place(x, y)) for x, y in points)
+        parts.append(f'<polyline class="line s{number}" points="{spots}"/>')
+        for x, y in points if len(points) <= MOST_MARKERS else ():
+            across, down = place(x, y)
+            tip = f"{escape(x_label)} {_number(x)}: {y:.4g}"
+            parts.append(
+                f'<circle class="dot s{number}" cx="{across}" cy="{down}" r="2.6">'
+                f"<title>{tip}</title></circle>"
+            )
+    keys = "".join(
+        f'<li><svg viewBox="0 0 24 8" aria-hidden="true"><line class="line s{number}" x1="1" '
+        f'y1="4" x2="23" y2="4"/></svg>{escape(name)} <b>{points[-1][1]:.4g}</b></li>'
+        for number, (name, points) in enumerate(lines.items())
+    )
+    return _figure(title, parts, f'<ul class="legend">{keys}</ul>')
+
+
+def bar_chart(title: str, bars: Sequence[tuple[str, int]], x_label: str) -> str:
+    """One bar per (label, count), its count written above it.
+
+    Returns:
+        A `<figure>`, or "" when every count is 0.
+    """
+    most = max((count for _, count in bars), default=0)
+    if most == 0:
+        return ""
+    room = (WIDTH - RIGHT - RIGHT) / len(bars)
+    base = HEIGHT - BOTTOM
+    parts = [f'<line class="axis" x1="{RIGHT}" y1="{base}" x2="{WIDTH - RIGHT}" y2="{base}"/>']
+    for number, (label, count) in enumerate(bars):
+        tall = (base - TOP - 16) * count / most
+        left = RIGHT + number * room
+        middle = left + room / 2
+        parts.append(
+            f'<rect class="bar" x="{left + room * 0.1:.1f}" y="{base - tall:.1f}" '
+            f'width="{room * 0.8:.1f}" height="{tall:.1f}" rx="2">'
+            f"<title>{escape(label)}: {count}</title></rect>"
+        )
+        if count:
+            parts.append(
+                f'<text class="strong" x="{middle:.1f}" y="{base - tall - 5:.1f}" '
+                f'text-anchor="middle">{count}</text>'
+            )
+        parts.append(
+            f'<text x="{middle:.1f}" y="{base + 17}" text-anchor="middle">{escape(label)}</text>'
+        )
+    parts.append(
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    return _figure(title, parts, "")
+
+
+def _figure(title: str, parts: Sequence[str], legend: str) -> str:
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg>{legend}</figure>"
+    )
+
+
+def _thin(points: Sequence[Point]) -> list[Point]:
+    """At most about `MOST_POINTS` points, first and last among them."""
+    stride = math.ceil(len(points) / MOST_POINTS)
+    kept = list(points[::stride])
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def _ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) that span low to high; at least two."""
+    if high <= low:
+        margin = abs(low) / 2 or 1.0
+        low, high = low - margin, high + margin
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]
+
+
+def _number(value: float) -> str:
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
