@@ -21,11 +21,15 @@ from lightning_sft.files import shipped_folder
 
 
 class Command(NamedTuple):
-    """A command line's first word, the function behind it, and its line on the help page."""
+    """The function behind a command line's first word, and its line on the help page.
+
+    takes_arguments: The function reads the command line itself, because it takes `fit`'s options.
+    """
 
     module: str
     function: str
     summary: str
+    takes_arguments: bool = False
 
 
 TRAINING = {
@@ -36,6 +40,8 @@ TRAINING = {
 }
 COMMANDS = {
     "compare": Command("compare", "compare", "weigh the answers of two or more runs"),
+    "inspect": Command("inspect_data", "inspect", "show what the model will see of the data", True),
+    "plan": Command("plan", "plan", "estimate what a run will cost in memory and time", True),
     "report": Command("report", "report", "make report.html of a run folder"),
     "score": Command("score", "score", "have another model rate answers from 0 to 100"),
     "chat": Command("chat", "chat", "answer instructions typed at a terminal"),
@@ -65,7 +71,12 @@ def run_command(argv: list[str]) -> int:
     if name in COMMANDS:
         command = COMMANDS[name]
         module = importlib.import_module(f"lightning_sft.{command.module}")
-        return _run_function(name, getattr(module, command.function), arguments)
+        function = getattr(module, command.function)
+        return (
+            function(arguments)
+            if command.takes_arguments
+            else _run_function(name, function, arguments)
+        )
     known = [*TRAINING, *COMMANDS]
     hint = _nearest(name, known)
     raise InputError(f"unknown command {name!r}{hint}; allowed: {', '.join(known)}")
