@@ -25,6 +25,8 @@ from lightning_sft.module import SFTModule
 from lightning_sft.run_folder import folder_of, version_numbers
 from lightning_sft.weights import book_state_dict
 
+VERSION_KEY = "pytorch-lightning_version"
+
 
 class DurableCheckpointIO(CheckpointIO):
     """Saves through a temporary file in the same folder, and loads nothing but data."""
@@ -107,6 +109,13 @@ def read_checkpoint(
         raise InputError(f"ckpt_path: {path} is not a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise InputError(f"ckpt_path: {path} is not a Lightning checkpoint (no state_dict)")
+    hparams = checkpoint.get("hyper_parameters")
+    missing = [
+        key for key in ("global_step", "epoch", "loops", VERSION_KEY) if key not in checkpoint
+    ]
+    if missing or not isinstance(hparams, dict) or "architecture" not in hparams:
+        what = missing[0] if missing else "hyper_parameters with an architecture"
+        raise InputError(f"ckpt_path: {path} is not a checkpoint of a run here (no {what})")
     return checkpoint
 
 

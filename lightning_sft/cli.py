@@ -16,6 +16,7 @@ import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_sft.config_files import read_config
 from lightning_sft.errors import InputError
 from lightning_sft.files import shipped_folder
 
@@ -91,12 +92,16 @@ def resolve_configs(arguments: list[str]) -> list[str]:
     resolved = list(arguments)
     for place, argument in enumerate(resolved):
         if argument in ("--config", "-c") and place + 1 < len(resolved):
-            resolved[place + 1] = str(find_shipped(resolved[place + 1], "config"))
+            resolved[place + 1] = str(_find_config(resolved[place + 1]))
         elif argument.startswith("--config="):
-            resolved[place] = (
-                f"--config={find_shipped(argument.removeprefix('--config='), 'config')}"
-            )
+            resolved[place] = f"--config={_find_config(argument.removeprefix('--config='))}"
     return resolved
+
+
+def _find_config(name: str) -> Path:
+    path = find_shipped(name, "config")
+    read_config(path)  # what is no mapping of keys is refused here, by its own name and line
+    return path
 
 
 def find_shipped(name: str, what: str) -> Path:

@@ -219,6 +219,8 @@ class InstructionDataModule(L.LightningDataModule):
         predict_batch_size: int = 32,
     ) -> None:
         super().__init__()
+        if not isinstance(path, str) or not path:
+            raise InputError(f"data.path: {path!r} is not allowed; give a file or URL")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise InputError(f"data.{name}: {value} is not allowed; it must be >= 1")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_sft import downloads, files
-from lightning_sft.errors import InputError
+from lightning_sft.errors import KEY_SHAPE, InputError
 
 BOOK_DATA_URL = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/"
@@ -33,6 +34,7 @@ BOOK_DATA_URL = (
 KNOWN_SHA256 = {
     BOOK_DATA_URL: "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
 }
+SECRET_NAME = re.compile("key|secret|passw|signature", re.IGNORECASE)
 FIELDS = ("instruction", "input", "output")
 
 
@@ -126,7 +128,12 @@ def local_path(path: str | Path) -> Path:
         ServiceError: The URL could not be fetched and is not in the cache.
     """
     if is_url(path):
-        url = str(path)
+        try:
+            url = _without_key(str(path))
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: not a URL ({error})") from None
         # The name alone would let two addresses that end alike share one cached file.
         address = hashlib.sha256(url.encode()).hexdigest()[:8]
         try:
@@ -147,6 +154,16 @@ def local_path(path: str | Path) -> Path:
     if not is_file:
         raise InputError(f"{local}: not a regular file; give a JSON or JSONL file, or a URL")
     return local
+
+
+def _without_key(url: str) -> str:
+    """The address, if it is nothing but one: what goes into a config ends up in logs and files."""
+    parts = urllib.parse.urlsplit(url)
+    keys = [name for name, _ in urllib.parse.parse_qsl(parts.query) if SECRET_NAME.search(name)]
+    if parts.username or parts.password or keys or KEY_SHAPE.search(url):
+        address = f"{parts.hostname}{parts.path}"
+        raise InputError(f"{address}: the URL holds a key or password; download the file by hand")
+    return url
 
 
 def read_records(path: Path) -> list[Any]:

@@ -86,6 +86,10 @@ class TrainLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        if accumulate < 1:
+            raise InputError(
+                f"trainer.accumulate_grad_batches: {accumulate} is not allowed; it must be >= 1"
+            )
         self.rows, self.collate = rows, collate
         self.num_targets, self.num_tokens = num_targets, num_tokens
         self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate

@@ -230,11 +230,21 @@ class SFTModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self.optimizer(trainable)
+        try:
+            optimizer = self.optimizer(trainable)
+            scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.optimizer or model.lr_scheduler: {error}") from error
+        for group in optimizer.param_groups:
+            # Not the scheduled rate: a warm-up may begin near nothing.
+            lr = float(group.get("initial_lr", group["lr"]))
+            if not 0.0 < lr < math.inf:
+                raise InputError(f"model.optimizer: lr {lr} is not allowed; it must be positive")
         _fuse(optimizer)
-        if self.lr_scheduler is None:
+        if scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine):
             scheduler.total_steps = self._count_steps()
         if isinstance(scheduler, ReduceLROnPlateau):

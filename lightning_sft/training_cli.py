@@ -36,7 +36,7 @@ from lightning_sft.checkpoint import (
 )
 from lightning_sft.cli import explain, option_names
 from lightning_sft.data import InstructionDataModule
-from lightning_sft.errors import InputError
+from lightning_sft.errors import InputError, LightningSFTError
 from lightning_sft.generation import GenerationConfig
 from lightning_sft.model import get_config
 from lightning_sft.module import SFTModule
@@ -77,6 +77,12 @@ class RunConfig:
     dir: str = "runs"
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[\w][\w.+ -]*", self.name):
+            raise InputError(
+                f"run.name: {self.name!r} is not allowed; letters, digits, '_', '-', '.' and '+'"
+            )
+
 
 class SFTCLI(LightningCLI):
     """LightningCLI with the project's links, run folder and indispensable callbacks.
@@ -115,10 +121,16 @@ class SFTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             super().parse_arguments(parser, args)
-        except jsonargparse.ArgumentError as error:
+        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             subcommand = sys.argv[1]
             allowed = option_names(self._subcommand_parsers[subcommand])
             raise InputError(f"{subcommand}: {explain(str(error), allowed)}") from None
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything: {seed} is outside 0 to {2**32 - 1}")
+        super()._set_seed()
 
     def _parse_ckpt_path(self) -> None:
         """Resolve `last` and `best`. The config keeps its say; LightningCLI would overrule it."""
@@ -129,6 +141,15 @@ class SFTCLI(LightningCLI):
             self.checkpoint = find_checkpoint(config.ckpt_path, _run_parent(config))
             config.ckpt_path = str(self.checkpoint)
             self._checkpoint_step = _compare(self.checkpoint, config)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except LightningSFTError:
+            raise
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            # Whatever a class's constructor says of its arguments is the user's to mend.
+            raise InputError(f"{self.subcommand}: {explain(str(error))}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")

@@ -146,7 +146,7 @@ def test_the_curve_is_the_chapters_evaluation(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
         model__weights=str(weights),
-        model__optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
+        model__optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-15}},
         trainer__max_steps=1,
         loss_curve__num_batches=2,
     )
@@ -174,7 +174,7 @@ def test_val_loss_weighs_tokens_not_batches(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
         model__weights=str(weights),
-        model__optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
+        model__optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-15}},
         trainer__max_steps=1,
         trainer__limit_train_batches=1,
         data__fractions=[0.5, 0.2, 0.3],
