@@ -221,7 +221,8 @@ class InstructionDataModule(L.LightningDataModule):
         super().__init__()
         if not isinstance(path, str) or not path:
             raise InputError(f"data.path: {path!r} is not allowed; give a file or URL")
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        sizes = {"batch_size": batch_size, "predict_batch_size": predict_batch_size}
+        for name, value in (sizes | {"max_length": max_length}).items():
             if value < 1:
                 raise InputError(f"data.{name}: {value} is not allowed; it must be >= 1")
         if overlong not in OVERLONG_POLICIES:
@@ -295,13 +296,17 @@ class InstructionDataModule(L.LightningDataModule):
         """
         if split not in self._rows:
             rows = tokenize_entries(self.split(split), self.style, self.tokenizer)
-            self._rows[split] = fit_to_length(
+            self._rows[split] = kept = fit_to_length(
                 rows,
                 max_length=self.max_length,
                 overlong=self.overlong,
                 mask_prompt=self.mask_prompt,
                 where=f"{split} split",
             )
+            too_long = int((rows.lengths > self.max_length).sum())
+            if too_long and (self.trainer is None or self.trainer.is_global_zero):
+                what = "left out" if len(kept) < len(rows) else f"cut to {self.max_length} tokens"
+                print(f"{split} split: {too_long} of {len(rows)} entries are {what}")
         return self._rows[split]
 
     def split(self, name: str) -> list[Entry]:
@@ -380,7 +385,8 @@ class InstructionDataModule(L.LightningDataModule):
         test = read(self.test_path) if self.test_path else None
         if val is not None and test is not None:
             return Splits(train=entries, test=test, val=val)
-        parts = split_entries(entries, self.fractions)
+        own = [name for name, found in (("val", val), ("test", test)) if found is not None]
+        parts = split_entries(entries, self.fractions, may_be_empty=own)
         if val is None and test is None:
             return parts
         # One split has a file of its own: its share of `path` goes to training.

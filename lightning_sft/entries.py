@@ -18,7 +18,7 @@ import json
 import math
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +82,9 @@ def read_entries(
 
 
 def split_entries(
-    entries: Sequence[Entry], fractions: Sequence[float] = (0.85, 0.10, 0.05)
+    entries: Sequence[Entry],
+    fractions: Sequence[float] = (0.85, 0.10, 0.05),
+    may_be_empty: Collection[str] = (),
 ) -> Splits:
     """Cut entries, in file order, into train, test and validation parts.
 
@@ -91,6 +93,7 @@ def split_entries(
 
     Args:
         fractions: Shares of train, test and validation; they sum to 1.
+        may_be_empty: Splits that have a file of their own and need no share.
 
     Raises:
         InputError: The fractions are not three shares that sum to 1, or a split stays empty.
@@ -107,7 +110,7 @@ def split_entries(
         val=list(entries[num_train + num_test :]),
     )
     for name, part in zip(Splits._fields, splits, strict=True):
-        if not part:
+        if not part and name not in may_be_empty:
             raise InputError(
                 f"fractions: {list(fractions)} of {len(entries)} entries leave the {name} split "
                 "empty; give more entries or other fractions"

@@ -170,7 +170,8 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Where this epoch stands: plain integers."""
-        return {"epoch": self._epoch, "batches": self._handed_out}
+        epoch, batches = self._resume_at or (self._epoch, self._handed_out)
+        return {"epoch": epoch, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the batches that a checkpoint's run had taken."""

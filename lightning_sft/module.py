@@ -164,7 +164,7 @@ class SFTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss_sum, _ = self.sum_loss(batch)
-        self.tokens_seen += batch["num_tokens"] * self.trainer.world_size
+        self.tokens_seen += batch["num_tokens"]  # of all ranks
         share = loss_sum / batch["step_targets"]
         self._step_loss = self._step_loss + share.detach()
         if self.ends_step(self.trainer, batch_idx):

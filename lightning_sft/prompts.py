@@ -121,7 +121,8 @@ def _check_template(style: str, field: str, template: str) -> None:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError:
         names = []
-    if names != [field] or "{" + field + "}" not in template:
+    rest = template.replace("{" + field + "}", "", 1)
+    if names != [field] or "{" in rest or "}" in rest:
         raise InputError(
             f"prompt_style {style}: {field} must hold {{{field}}} exactly once and no other "
             f"placeholder, not {template!r}"

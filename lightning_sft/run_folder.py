@@ -84,10 +84,12 @@ class RunClaim:
         self.folder: Path | None = None
         self.begun = False
         self._made = False
+        self._missing: list[Path] = []  # parents that were not there before
         self._lock: filelock.BaseFileLock | None = None
 
     def make(self, parent: Path) -> Path:
         """A folder for a new run."""
+        self._missing = [path for path in (parent, parent.parent) if not path.exists()]
         self.folder, self._made = next_version(parent), is_first_process()
         return self._hold(self.folder)
 
@@ -117,7 +119,7 @@ class RunClaim:
             self._lock.release()
         if self.folder is not None and self._made and not self.begun:
             shutil.rmtree(self.folder, ignore_errors=True)
-            for parent in (self.folder.parent, self.folder.parent.parent):
+            for parent in self._missing:
                 with contextlib.suppress(OSError):  # other runs are in it
                     parent.rmdir()
 

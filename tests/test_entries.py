@@ -189,7 +189,7 @@ def test_paths_that_no_system_can_open(path):
         ('"text"', f"the top level is one text; {NOT_A_LIST}"),
         ('{\n"data": [\n]}', f"the top level is one JSON value; {NOT_A_LIST}"),
         ("not JSON", "line 1, column 1: not valid JSON (Expecting value)"),
-        ('[\n  {"a": 1},\n]', "line 3, column 1: not valid JSON (Expecting value)"),
+        ('[\n  {"a": 1}\n  {}]', "line 3, column 3: not valid JSON (Expecting ',' delimiter)"),
         ('[{"a": "x" "y"}]', "line 1, column 12: not valid JSON (Expecting ',' delimiter)"),
         ('{"a": 1}\n\n{"a": }', "line 3, column 7: not valid JSON (Expecting value)"),
         ('{"a": 1} {"a": 2}\n', "line 1, column 10: not valid JSON (Extra data)"),
