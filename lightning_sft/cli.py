@@ -129,7 +129,8 @@ def explain(message: str, allowed: list[str] | None = None) -> str:
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey '?\"?([\w.]+)", text)
     unknown = unknown or re.search(r"()option '([\w.]+)'", text)
     if allowed and unknown:
-        text += _nearest(unknown.group(1) or unknown.group(2), allowed)
+        name = unknown.group(1) or unknown.group(2)
+        text += _nearest(name, allowed) if name not in allowed else ""
     return text
 
 

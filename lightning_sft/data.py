@@ -260,11 +260,13 @@ class InstructionDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on where the rest of the run would see other batches.
+        """Refuse to go on training where the rest of the run would see other batches.
 
         Raises:
             InputError: Names every setting that differs.
         """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
         now = self.state_dict()
         differing = [
             f"{name} was {state_dict[name]}, is {now[name]}"

@@ -104,21 +104,18 @@ class SFTModule(L.LightningModule):
         self._step_loss = torch.zeros(())
 
     def configure_model(self) -> None:
-        """Make the model and read its weights, once; a checkpoint to come spares the reading."""
+        """Make the model and read its weights, once."""
         if self.model is not None:
             return
         with torch.device("meta"):
             model = GPTModel(self.config)
-        trainer = self._trainer
-        restored = trainer is not None and trainer.ckpt_path is not None
-        if self.weights is not None and not restored:
+        if self.weights is not None:
             load_weights(model, self.weights)
         else:
             model.materialize()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                if not restored:
-                    model.initialize()
+                model.initialize()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -149,11 +149,14 @@ class SFTCLI(LightningCLI):
             raise
         except (MisconfigurationException, TypeError, ValueError) as error:
             # Whatever a class's constructor says of its arguments is the user's to mend.
-            raise InputError(f"{self.subcommand}: {explain(str(error))}") from error
+            raise InputError(f"{self.subcommand or 'plan'}: {explain(str(error))}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         callbacks: list[Any] = []
+        if self.checkpoint is not None:
+            # It holds all weights: those that training began with need not be there any more.
+            self.model.weights = None
         if self.subcommand == "fit":
             folder = self._folder()
             checkpoints = self._get(self.config_init, "checkpoints")

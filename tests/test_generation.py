@@ -104,16 +104,28 @@ def test_an_answer_may_be_empty(model):
     assert told == [(0, [])]
 
 
-def test_the_settings_default_to_gpt2s_end_of_text(make_model, tiny_config):
-    """A model that always writes 50256 answers nothing; without that end it goes on."""
-    model = make_model(dataclasses.replace(tiny_config, vocab_size=50257))
+def make_stubborn(model: GPTModel, token: int) -> GPTModel:
+    """The model, writing nothing but this token."""
     with torch.no_grad():
-        model.final_norm.shift.fill_(1.0)
         model.final_norm.scale.zero_()
+        model.final_norm.shift.fill_(1.0)
         model.out_head.weight.zero_()
-        model.out_head.weight[50256] = 1.0
+        model.out_head.weight[token] = 1.0
+    return model
+
+
+def test_the_settings_default_to_gpt2s_end_of_text(make_model, tiny_config):
+    config = dataclasses.replace(tiny_config, vocab_size=50257)
+    model = make_stubborn(make_model(config), 50256)
     assert generate(model, [[1, 2]], max_new_tokens=3) == [[]]
     assert generate(model, [[1, 2]], max_new_tokens=3, eos_token_id=None) == [[50256] * 3]
+
+
+def test_token_zero_is_a_token(make_model):
+    """It is as false as the mark of a finished row."""
+    model = make_stubborn(make_model(), 0)
+    assert generate(model, [[1, 2], [3]], max_new_tokens=3) == [[0, 0, 0], [0, 0, 0]]
+    assert generate(model, [[1, 2]], eos_token_id=0) == [[]]
 
 
 def test_an_answer_is_told_when_it_is_finished(model, end):
