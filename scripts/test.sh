@@ -8,4 +8,4 @@ install '.[dev]'
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest --numprocesses auto --dist worksteal "$@"
