@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 IGNORE_INDEX = -100
-# Rows of logits held at once: 512 × 50,257 × 4 bytes are 100 MB, and larger chunks run no faster.
-CHUNK_SIZE = 512
+# Rows of logits held at once: 256 × 50,257 × 4 bytes are 51 MB, and larger chunks run no faster.
+CHUNK_SIZE = 256
 
 
 def sum_cross_entropy(
@@ -69,28 +69,35 @@ class _SumCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         need_hidden, need_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight: torch.Tensor | None = None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        # One buffer for all chunks: fresh memory of this size costs as much as the softmax in it.
+        buffer = torch.empty(
+            min(CHUNK_SIZE, len(hidden)), len(head), dtype=exact, device=hidden.device
+        )
         for begin in range(0, len(hidden), CHUNK_SIZE):
             chunk = hidden[begin : begin + CHUNK_SIZE].to(dtype)
             first, last = torch.searchsorted(
                 places, torch.tensor([begin, begin + len(chunk)], device=places.device)
             ).tolist()
             place, target = places[first:last] - begin, targets[first:last]
-            logits = (chunk @ head.T).to(exact)  # (C, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum[place, 0] - logits[place, target]).sum()
+            logits = _multiply(chunk, head.T, buffer[: len(chunk)])  # (C, V)
+            wanted = logits[place, target]
+            largest = logits.amax(-1, keepdim=True)
+            exp_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True)  # in place all the way
+            loss += ((exp_sum.log() + largest)[place, 0] - wanted).sum()
             if not with_grad:
                 continue
-            # In place: this is the largest tensor of the whole step.
             counts = torch.bincount(place, minlength=len(chunk))[:, None]
-            grad_logits = logits.sub_(log_sum).exp_().mul_(counts)
-            grad_logits.index_put_((place, target), -torch.ones_like(place, dtype=exact), True)
-            grad_logits = grad_logits.to(dtype)
+            logits.mul_(counts / exp_sum)
+            logits.index_put_((place, target), -torch.ones_like(place, dtype=exact), True)
+            grad_logits = logits.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[begin : begin + CHUNK_SIZE] = grad_logits @ head
-            if need_weight:
-                part = (grad_logits.T @ chunk).to(weight.dtype)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            if grad_weight is not None:
+                if grad_weight.dtype == dtype:
+                    grad_weight.addmm_(grad_logits.T, chunk)
+                else:
+                    grad_weight += grad_logits.T @ chunk
         ctx.gradients = grad_hidden, grad_weight
         return loss
 
@@ -104,3 +111,10 @@ class _SumCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """A matrix product written into `out`, which may have a wider type."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return out.copy_(left @ right)

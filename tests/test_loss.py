@@ -191,7 +191,8 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self.largest = max(self.largest, out.numel())
-            if func is torch.ops.aten.mm.default and out.shape[1] == self.vocab_size:
+            products = (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+            if func in products and out.shape[1] == self.vocab_size:
                 self.rows += out.shape[0]
         return out
 

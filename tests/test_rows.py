@@ -329,11 +329,13 @@ class SlowTokenizer(CountingTokenizer):
 
 
 def tokenize_slowly(notes: Path) -> str:
+    rows_module.CACHE_FROM_ENTRIES = 2  # in a process of its own, where the fixture has not been
     return tokenize_entries(SET, TERSE, SlowTokenizer(notes)).fingerprint()
 
 
 def test_of_processes_at_once_one_tokenizes(cache, tmp_path):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    # Not forked: another thread of this process may hold a lock, which a copy would wait for.
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
         prints = pool.map(tokenize_slowly, [tmp_path / "notes"] * 4, chunksize=1)
     assert (tmp_path / "notes").read_text().count("asked") == 6  # two texts an entry
     expected = [tokenize(entry, TERSE, CountingTokenizer(), i) for i, entry in enumerate(SET)]
