@@ -26,6 +26,10 @@ from lightning_sft.run_folder import folder_of, version_numbers
 from lightning_sft.weights import book_state_dict
 
 VERSION_KEY = "pytorch-lightning_version"
+# What a checkpoint says of its step. Lightning logs a step after the checkpoint callbacks, so that
+# a kill in between would lose the step's row if the checkpoint did not have it.
+STEP_METRICS = ("train_loss", "lr", "tokens_seen", "tokens_per_second")
+METRICS = (*STEP_METRICS, "val_loss")
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -150,6 +154,8 @@ class Checkpoints(Checkpoint):
         run = folder_of(trainer)
         if run is not None and trainer.is_global_zero:
             folder = run / "checkpoints"
+            for torn in folder.glob(".step-*.tmp"):  # of a kill; this process is the only writer
+                torn.unlink()
             with files.atomic_write(folder / ".probe") as file:
                 file.write("can be written")
             (folder / ".probe").unlink()
@@ -171,9 +177,14 @@ class Checkpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        # Between optimizer steps there are accumulated gradients, which are not saved.
+        # Between optimizer steps there are accumulated gradients, which are not saved. The last
+        # step of an epoch is saved behind its validation: a run that went on from before it would
+        # not validate.
         at_step = SFTModule.ends_step(trainer, batch_idx)
-        if self.every_n_steps and at_step and trainer.global_step % self.every_n_steps == 0:
+        last_of_epoch = batch_idx + 1 == trainer.num_training_batches
+        if not self.every_n_steps or not at_step or last_of_epoch:
+            return
+        if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -195,9 +206,7 @@ class Checkpoints(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         metrics = trainer.callback_metrics
-        checkpoint["metrics"] = {
-            name: float(metrics[name]) for name in ("train_loss", "val_loss") if name in metrics
-        }
+        checkpoint["metrics"] = {name: float(metrics[name]) for name in METRICS if name in metrics}
 
     def _prune(self, trainer: L.Trainer, folder: Path) -> None:
         saved = _checkpoints(folder)

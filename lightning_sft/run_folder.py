@@ -124,19 +124,27 @@ class RunClaim:
                     parent.rmdir()
 
 
-def rewind(folder: Path, step: int) -> None:
-    """Take back what a run logged after `step` optimizer steps, before it goes on from there."""
+def rewind(folder: Path, step: int) -> bool:
+    """Take back what a run logged after `step` optimizer steps, before it goes on from there.
+
+    Returns:
+        Whether the row of the last step that counts is in `metrics.csv`: a kill between its
+        checkpoint and its row leaves it out.
+    """
+    has_last_step = True
     metrics, samples = folder / "metrics.csv", folder / "samples.jsonl"
     if metrics.exists():
-        # Training rows are numbered from 0 before their step, validation rows by the steps done.
+        # All rows are numbered from 0, by the step that came before them.
         rows = _read_rows(metrics)
-        kept = [row for row in rows if int(row["step"]) < step + bool(row.get("val_loss"))]
+        kept = [row for row in rows if int(row["step"]) < step]
+        has_last_step = any(row["train_loss"] and int(row["step"]) == step - 1 for row in kept)
         with files.atomic_write(metrics) as file:
             file.write(_format_rows([COLUMNS, *(_values(row) for row in kept)]))
     if samples.exists():
         records = [record for record in files.read_jsonl(samples) if record["step"] <= step]
         with files.atomic_write(samples) as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return has_last_step
 
 
 class MetricsFile(Logger):
@@ -202,8 +210,9 @@ def _values(row: Mapping[str, Any]) -> list[Any]:
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """Whole rows only: a kill may have torn the last one."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row["step"]]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    return [row for row in csv.DictReader(whole) if None not in row.values() and row["step"]]
 
 
 def _format_rows(rows: list[list[Any]]) -> str:

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_sft import files
 from lightning_sft.callbacks import LossCurve, SampleResponses, Throughput
 from lightning_sft.checkpoint import (
+    STEP_METRICS,
     Checkpoints,
     DurableCheckpointIO,
     FinalWeights,
@@ -49,7 +50,7 @@ from lightning_sft.run_folder import (
     folder_of,
     rewind,
 )
-from lightning_sft.signals import StopOnSignal
+from lightning_sft.signals import StopOnSignal, die_with_parent
 
 # What a config's class_path may name. Anything else, importable or not, is refused: a config is
 # something people download.
@@ -136,11 +137,11 @@ class SFTCLI(LightningCLI):
         """Resolve `last` and `best`. The config keeps its say; LightningCLI would overrule it."""
         config = self.config[self.config.subcommand]
         self.checkpoint: Path | None = None
-        self._checkpoint_step: int | None = None
+        self._facts: dict[str, Any] | None = None
         if config.ckpt_path is not None:
             self.checkpoint = find_checkpoint(config.ckpt_path, _run_parent(config))
             config.ckpt_path = str(self.checkpoint)
-            self._checkpoint_step = _compare(self.checkpoint, config)
+            self._facts = _compare(self.checkpoint, config)
 
     def instantiate_classes(self) -> None:
         try:
@@ -163,7 +164,7 @@ class SFTCLI(LightningCLI):
             callbacks += [Throughput(), FinalWeights(), StopOnSignal(checkpoints)]
             if trainer.get("logger") in (None, True):
                 kwargs["logger"] = [
-                    EventsLogger(folder, self._checkpoint_step),
+                    EventsLogger(folder, self._facts["step"] if self._facts else None),
                     MetricsFile(folder),
                 ]
         else:
@@ -179,7 +180,7 @@ class SFTCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
         kwargs["use_distributed_sampler"] = False  # the loaders deal their rows to ranks themselves
         self.trainer_defaults = {"callbacks": callbacks}
-        self.save_config_kwargs = {"claim": self.claim, "step": self._checkpoint_step}
+        self.save_config_kwargs = {"claim": self.claim, "facts": self._facts}
         return super().instantiate_trainer(**kwargs)
 
     def _folder(self) -> Path:
@@ -199,12 +200,15 @@ class SaveRunConfig(SaveConfigCallback):
 
     Args:
         claim: Told that the run has begun.
-        step: Of the checkpoint that the run goes on from; what lay behind it is taken back.
+        facts: `step`, `epoch` and metrics of the checkpoint that the run goes on from; what lay
+            behind it is taken back.
     """
 
-    def __init__(self, parser: Any, config: Any, claim: RunClaim, step: int | None) -> None:
+    def __init__(
+        self, parser: Any, config: Any, claim: RunClaim, facts: dict[str, Any] | None
+    ) -> None:
         super().__init__(parser, config)
-        self.claim, self.step = claim, step
+        self.claim, self.facts = claim, facts
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Not yet: weights and checkpoint are still to be read, and may be refused."""
@@ -217,8 +221,10 @@ class SaveRunConfig(SaveConfigCallback):
         folder = folder_of(trainer)
         if folder is None or not trainer.is_global_zero:
             return
-        if self.step is not None:
-            rewind(folder, self.step)
+        if self.facts is not None and not rewind(folder, self.facts["step"]):
+            row = {name: self.facts[name] for name in STEP_METRICS if name in self.facts}
+            for logger in trainer.loggers:
+                logger.log_metrics(row | {"epoch": self.facts["epoch"]}, self.facts["step"] - 1)
         path, number = folder / "config.yaml", 1
         while path.exists():
             path, number = folder / f"config-resumed-{number}.yaml", number + 1
@@ -234,6 +240,8 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
         InputError: The command line or a config is wrong.
     """
     _quieten()
+    if RUN_FOLDER_VARIABLE in os.environ:
+        die_with_parent()  # a rank that Lightning started
     jsonargparse.set_parsing_settings(
         config_read_mode_fsspec_enabled=False,
         import_path_denylist=["*"],
@@ -296,11 +304,11 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
     ]
 
 
-def _compare(checkpoint: Path, config: Any) -> int:
+def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
     """Refuse another architecture; print what else a checkpoint was trained with differently.
 
     Returns:
-        The optimizer steps that the checkpoint has behind it.
+        `step` (optimizer steps that the checkpoint has behind it), `epoch`, and its metrics.
     """
     content = read_checkpoint(checkpoint, mmap=True)
     hparams = content.get("hyper_parameters", {})
@@ -320,7 +328,8 @@ def _compare(checkpoint: Path, config: Any) -> int:
             f"note: prompt_style is {style.name}, header_in_prompt {style.header_in_prompt}; the "
             f"checkpoint was trained with {trained.get('name')}, {trained['header_in_prompt']}"
         )
-    return int(content.get("global_step", 0))
+    place = {"step": int(content["global_step"]), "epoch": int(content["epoch"])}
+    return content.get("metrics", {}) | place
 
 
 def _plain(value: Any) -> Any:

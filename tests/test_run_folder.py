@@ -213,14 +213,14 @@ def test_only_the_first_process_writes(folder, monkeypatch):
 
 
 def log_a_run(folder: Path, steps: int) -> None:
-    """Like Lightning: training rows numbered before their step, validation by the steps done."""
+    """Like Lightning: all rows are numbered from 0, by the step that came before them."""
     metrics = MetricsFile(folder)
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as samples:
         samples.write(json.dumps({"step": 0, "answer": "é"}, ensure_ascii=False) + "\n")
         for step in range(steps):
             metrics.log_metrics({"train_loss": 10.0 - step, "epoch": step // 2}, step=step)
             if step % 2:
-                metrics.log_metrics({"val_loss": 5.0 - step, "epoch": step // 2}, step=step + 1)
+                metrics.log_metrics({"val_loss": 5.0 - step, "epoch": step // 2}, step=step)
                 samples.write(json.dumps({"step": step + 1, "answer": "ü"}) + "\n")
 
 
@@ -257,13 +257,22 @@ def test_rewind_twice_is_rewind_once(folder):
     assert ((folder / "metrics.csv").read_bytes(), (folder / "samples.jsonl").read_bytes()) == once
 
 
-@pytest.mark.parametrize("kept", [1, 3, 7, 13])
+def test_rewind_tells_whether_the_last_steps_row_is_there(folder):
+    """A kill between a checkpoint and the row of its step leaves the row out."""
+    log_a_run(folder, 4)
+    assert rewind(folder, 4)
+    assert not rewind(folder, 5)
+    assert rewind(folder, 3)
+    assert not rewind(folder, 4)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 7, 13, 33])
 def test_a_line_torn_by_a_kill_is_taken_back(folder, kept):
     """A kill while the row of step 5, or its sample, was written."""
     log_a_run(folder, 4)
     whole = (folder / "metrics.csv").read_text(), sample_steps(folder)
     with (folder / "metrics.csv").open("a") as file:
-        file.write("5,2,4.5,1e-05,100.0,2000.0,,,,"[:kept])
+        file.write("5,2,4.5,1e-05,100.0,2000.0,,,4.25,70.1054"[:kept])
     with (folder / "samples.jsonl").open("a") as file:
         file.write('{"step": 3, "ans')
     rewind(folder, 6)
