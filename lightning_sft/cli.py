@@ -43,6 +43,9 @@ COMMANDS = {
     "compare": Command("compare", "compare", "weigh the answers of two or more runs"),
     "inspect": Command("inspect_data", "inspect", "show what the model will see of the data", True),
     "plan": Command("plan", "plan", "estimate what a run will cost in memory and time", True),
+    "verify-resume": Command(
+        "verify_resume", "verify_resume", "show that a killed run goes on exactly", True
+    ),
     "report": Command("report", "report", "make report.html of a run folder"),
     "score": Command("score", "score", "have another model rate answers from 0 to 100"),
     "chat": Command("chat", "chat", "answer instructions typed at a terminal"),
@@ -193,8 +196,8 @@ def _help_page() -> str:
         "Instruction fine-tuning of a from-scratch GPT-2 in PyTorch Lightning.",
         "",
         "commands:",
-        *(f"  {name:<12} {summary}" for name, summary in TRAINING.items()),
-        *(f"  {name:<12} {command.summary}" for name, command in sorted(COMMANDS.items())),
+        *(f"  {name:<14} {summary}" for name, summary in TRAINING.items()),
+        *(f"  {name:<14} {command.summary}" for name, command in sorted(COMMANDS.items())),
         "",
         "COMMAND --help lists the options of a command. --debug shows an error's traceback.",
         f"shipped configs: {', '.join(sorted(p.name for p in shipped_folder().glob('*.yaml')))}",

@@ -158,6 +158,9 @@ class SFTModule(L.LightningModule):
         """Dropout is a function of seed, epoch, step and rank: a resumed run repeats it."""
         place = self.current_epoch * 1_000_003 + batch_idx
         torch.manual_seed((self.seed * 1_000_033 + place) * 1_009 + self.global_rank)
+        # The number that Lightning logs a step under. After a resume it is told by rules of thumb,
+        # and can be one too many for the rest of the run.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss_sum, _ = self.sum_loss(batch)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import random
@@ -46,10 +45,9 @@ from lightning_sft.checkpoint import read_checkpoint
 from lightning_sft.errors import LightningSFTError
 from lightning_sft.files import read_jsonl
 from lightning_sft.responses import RESPONSES_NAME
+from lightning_sft.verify_resume import compare_runs
 
 ORPHAN_SECONDS = 60.0
-COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "tokens_seen", "global_step")
-COLUMNS = ("step", "train_loss", "lr", "tokens_seen", "val_loss")
 
 
 class Variant(NamedTuple):
@@ -324,29 +322,12 @@ def _read_all(run: Path) -> tuple[int, int]:
 
 def _equal_runs(run: Path, whole: Path) -> bool:
     """Bitwise: the newest checkpoints, what was logged, and the samples."""
-    left, right = (read_checkpoint(_newest(folder)) for folder in (run, whole))
-    differing = [key for key in COMPARED if not _equal(left[key], right[key])]
-    differing += [c for c in COLUMNS if _read_column(run, c) != _read_column(whole, c)]
+    differing = compare_runs(run, whole)
     samples = [(folder / "samples.jsonl").read_text() for folder in (run, whole)]
     differing += ["samples"] if samples[0] != samples[1] else []
     if differing:
         print(f"{run.parent.name} differs in {', '.join(differing)}", file=sys.stderr)
     return not differing
-
-
-def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(_equal, left, right))
-    return bool(left == right)
-
-
-def _read_column(run: Path, column: str) -> list[str]:
-    with (run / "metrics.csv").open() as file:
-        return [row[column] for row in csv.DictReader(file)]
 
 
 def _newest(run: Path) -> Path:

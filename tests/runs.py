@@ -105,14 +105,3 @@ def newest_checkpoint(run_folder: Path) -> Path:
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint, as plain data."""
     return torch.load(path, weights_only=True)
-
-
-def equal(left: Any, right: Any) -> bool:
-    """Bitwise equality of nested containers of tensors and plain values."""
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(equal, left, right))
-    return bool(left == right)

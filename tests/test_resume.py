@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import equal, load, newest_checkpoint, read_metrics, run, write_config
+from runs import load, newest_checkpoint, read_metrics, run, write_config
 
+from lightning_sft.checkpoint import Checkpoints
 from lightning_sft.module import SFTModule
+from lightning_sft.verify_resume import compare_runs, equal
 
 
 class PulledPlugError(BaseException):
@@ -55,6 +57,7 @@ SCHEDULE = {"class_path": "lightning_sft.WarmupCosine", "init_args": {"warmup": 
         (1, 2, (4, 5, 7)),  # three times in one epoch, prefetching workers
         (1, 0, (8,)),  # at the first step of an epoch
         (1, 0, (11, 14)),  # in the second epoch
+        (1, 0, (7, 9)),  # behind a resume in its middle, an epoch's end is resumed from
         (4, 0, (3,)),  # a window of four, a short one at the epoch's end
         (4, 2, (1, 3)),
     ],
@@ -91,6 +94,40 @@ def test_resumed_equals_uninterrupted(
     assert samples[0] == samples[1]
     kept = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (whole, resumed)]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_kill_right_behind_a_checkpoint_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Lightning logs a step only after its checkpoint, so that the row may not be there yet."""
+    config = write_config(tmp_path, checkpoints={"every_n_steps": 3, "keep_last": 9})
+    fit(config)
+    config.write_text(config.read_text().replace("name: tiny", "name: stopped"))
+    original, left = Checkpoints.save, [step]
+
+    def save(self: Checkpoints, trainer: Any) -> Any:
+        path = original(self, trainer)
+        if trainer.global_step in left:
+            left.remove(trainer.global_step)
+            raise PulledPlugError
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert fit_until_done(config) == 2
+    whole, resumed = tmp_path / "runs/tiny/version_0", tmp_path / "runs/stopped/version_0"
+    assert compare_runs(resumed, whole) == []
+    names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (whole, resumed)]
+    assert names[0] == names[1]
+
+
+def test_torn_temporary_files_of_a_kill_are_cleared_away(tmp_path: Path) -> None:
+    config = write_config(tmp_path, trainer__max_epochs=1)
+    fit(config)
+    torn = tmp_path / "runs/tiny/version_0/checkpoints/.step-000003.ckpt.ab12cd34.tmp"
+    torn.write_bytes(b"half")
+    fit(config, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert not torn.exists()
 
 
 def test_dropout_without_its_seed_would_differ(

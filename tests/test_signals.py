@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import equal, load, newest_checkpoint, run, run_apart, spawn, write_config
+from runs import load, newest_checkpoint, run, run_apart, spawn, write_config
+
+from lightning_sft.verify_resume import equal
 
 STEPS = 40
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import TINY, equal, load, newest_checkpoint, read_metrics, run, write_config
+from runs import TINY, load, newest_checkpoint, read_metrics, run, write_config
 
 from lightning_sft import GPTConfig, GPTModel, InstructionDataModule
+from lightning_sft.verify_resume import equal
 
 
 def start_weights(folder: Path) -> Path:
