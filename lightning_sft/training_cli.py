@@ -35,6 +35,7 @@ from lightning_sft.checkpoint import (
     read_checkpoint,
 )
 from lightning_sft.cli import explain, option_names
+from lightning_sft.config_files import read_config
 from lightning_sft.data import InstructionDataModule
 from lightning_sft.errors import InputError, LightningSFTError
 from lightning_sft.generation import GenerationConfig
@@ -154,7 +155,7 @@ class SFTCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         callbacks: list[Any] = []
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.model.lora is None:
             # It holds all weights: those that training began with need not be there any more.
             self.model.weights = None
         if self.subcommand == "fit":
@@ -284,16 +285,30 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
         return arguments
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     if (run / "config.yaml").is_file():
-        return [f"--config={run / 'config.yaml'}", *arguments]
+        merged = [] if is_checkpoint else _describe_merged(run / "config.yaml")
+        return [f"--config={run / 'config.yaml'}", *merged, *arguments]
     if not is_checkpoint:
         raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
     hparams = read_checkpoint(checkpoint)["hyper_parameters"]
+    adapted = hparams.get("lora") is not None
+    base = [f"--model.{key}={json.dumps(hparams[key])}" for key in ("weights", "lora") if adapted]
     return [
+        *base,
+        *([f"--seed_everything={hparams['seed']}"] if adapted else []),
         f"--model.architecture={json.dumps(hparams['architecture'])}",
         f"--data.prompt_style={json.dumps(hparams['prompt_style'])}",
         f"--data.header_in_prompt={json.dumps(hparams['header_in_prompt'])}",
         *arguments,
     ]
+
+
+def _describe_merged(config: Path) -> list[str]:
+    """Options for the `.pth` of a LoRA run: its adapters are merged, its head is its own."""
+    model = read_config(config).get("model", {})
+    if not model.get("lora"):
+        return []
+    architecture = dataclasses.asdict(get_config(model["architecture"])) | {"tie_embeddings": False}
+    return ["--model.lora=null", f"--model.architecture={json.dumps(architecture)}"]
 
 
 def _compare(checkpoint: Path, config: Any) -> int:
@@ -311,6 +326,7 @@ def _compare(checkpoint: Path, config: Any) -> int:
                 f"ckpt_path: {checkpoint} has {field} {saved}, the configuration has "
                 f"{architecture.get(field)}; give the architecture it was trained with"
             )
+    _compare_lora(checkpoint, hparams.get("lora"), _plain(config.model.lora))
     style = get_style(_plain(config.data.prompt_style), config.data.header_in_prompt)
     trained = hparams.get("prompt_style", {}) | {
         "header_in_prompt": hparams.get("header_in_prompt")
@@ -321,6 +337,27 @@ def _compare(checkpoint: Path, config: Any) -> int:
             f"checkpoint was trained with {trained.get('name')}, {trained['header_in_prompt']}"
         )
     return int(content.get("global_step", 0))
+
+
+def _compare_lora(checkpoint: Path, saved: Any, wanted: Any) -> None:
+    """Refuse whole weights where adapters are wanted, the reverse, and other adapters."""
+    if saved and not wanted:
+        raise InputError(
+            f"ckpt_path: {checkpoint} holds LoRA adapters; add --config lora.yaml, or --model.lora "
+            f"'{json.dumps(saved)}'"
+        )
+    if wanted and not saved:
+        raise InputError(
+            f"ckpt_path: {checkpoint} holds whole weights and no adapters; leave model.lora out, "
+            "or give it as model.weights to train adapters beside them"
+        )
+    for field in ("rank", "alpha", "targets") if saved else ():
+        ours = list(wanted[field]) if field == "targets" else wanted[field]
+        if ours != saved[field]:
+            raise InputError(
+                f"ckpt_path: {checkpoint} was trained with model.lora.{field} {saved[field]}, the "
+                f"configuration has {ours}"
+            )
 
 
 def _plain(value: Any) -> Any:
