@@ -64,16 +64,17 @@ def estimate_memory(
     config, packed = module.config, batch.tokens != batch.rows * batch.width
     places, tokens = batch.rows * batch.width, batch.tokens
     numbers: float = 13 * tokens + 4 * places if packed else 16 * tokens  # for each dimension
-    model = skeleton(module)
+    model, blocks = skeleton(module), config.n_layers
     if module.lora is not None:
-        numbers += count_adapter_numbers(model, module.lora.dropout) * tokens
+        blocks, more = count_adapter_numbers(model, module.lora.dropout)
+        numbers += more * tokens
     per_block = numbers * config.emb_dim * 4.0
     dropout = 0.0  # of one block
     if config.drop_rate > 0:
         dropout = 2.0 * tokens * config.emb_dim + 12.0 * places * config.n_heads * batch.width
     stream = 3.0 * tokens * config.emb_dim * 4  # before and behind the blocks
-    activations = config.n_layers * (per_block + dropout) + stream
-    mixed = config.n_layers * (MIXED_SHARE * per_block + dropout) + stream
+    activations = blocks * (per_block + dropout) + stream
+    mixed = blocks * (MIXED_SHARE * per_block + dropout) + stream
     head_trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
     head = 2 * min(CHUNK_SIZE, tokens) * config.vocab_size * 4 + head_trained * 4
     weights = 4.0 * total
@@ -104,21 +105,27 @@ def skeleton(module: SFTModule) -> GPTModel:
     return add_lora(model, module.lora) if module.lora is not None else model
 
 
-def count_adapter_numbers(model: GPTModel, dropout: float) -> float:
-    """Numbers per token and dimension that a block with adapters keeps beyond a trained one.
+def count_adapter_numbers(model: GPTModel, dropout: float) -> tuple[int, float]:
+    """The blocks that keep anything for the backward pass, and how much more each does with LoRA.
 
-    Fewer than none where layers without an adapter need not know their inputs again.
+    Returns:
+        How many blocks there are from the first adapter on; the numbers per token and dimension
+        that one of them keeps beyond a trained block, fewer than none where frozen layers need not
+        know their inputs again.
     """
-    more = 0.0
+    more, kept = 0.0, 0
     for block in model.trf_blocks:
         adapted = {n: part for n, part in block.named_modules() if isinstance(part, LoRALinear)}
+        if not adapted and not kept:
+            continue
+        kept += 1
         more -= not adapted.keys() & {"att.W_query", "att.W_key", "att.W_value"}
         more -= "ff.layers.0" not in adapted
         more -= 4 * ("ff.layers.2" not in adapted)
         for part in adapted.values():
             more += part.lora_a.shape[0] / model.config.emb_dim
             more += 1.25 * (dropout > 0) * part.in_features / model.config.emb_dim  # and its mask
-    return more / len(model.trf_blocks)
+    return kept, more / max(kept, 1)
 
 
 def measure_optimizer(module: SFTModule) -> float:
