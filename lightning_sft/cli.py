@@ -126,6 +126,13 @@ def find_shipped(name: str, what: str) -> Path:
 def explain(message: str, allowed: list[str] | None = None) -> str:
     """A parser's message as one line, with the nearest allowed name where one is unknown."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()).removeprefix("error: ")
+    # Of a group that may be null, the parser also says why it is not null.
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes.*Problem with given class_path "
+        r"'[\w.]+': (.+?) - Expected a <class 'NoneType'>.*",
+        r"\1",
+        text,
+    )
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey '?\"?([\w.]+)", text)
     unknown = unknown or re.search(r"()option '([\w.]+)'", text)
     if allowed and unknown:

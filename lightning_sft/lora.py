@@ -45,9 +45,6 @@ class LoRAConfig:
         dropout: Probability in [0, 1) with which A's inputs are dropped in training.
         targets: Patterns of layer names such as `out_head`, `*.W_query` or `trf_blocks.0.*`; by
             default all linear layers, the head included, as in exercise 7.4.
-
-    Raises:
-        InputError: A value is outside its range.
     """
 
     rank: int = 16
@@ -55,7 +52,12 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("*",)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Called where the values are used; a parser would hide the reason.
+
+        Raises:
+            InputError: A value is outside its range.
+        """
         if self.rank < 1:
             raise InputError(f"model.lora.rank: {self.rank} is not allowed; it must be >= 1")
         if not 0.0 < self.alpha < math.inf:
@@ -131,8 +133,10 @@ def add_lora(model: GPTModel, config: LoRAConfig, seed: int = 123) -> GPTModel:
         seed: Of the adapters; the global random state is left alone.
 
     Raises:
-        InputError: A pattern matches no linear layer, or the model has adapters already.
+        InputError: A value is outside its range, a pattern matches no linear layer, or the model
+            has adapters already.
     """
+    config.check()
     if has_lora(model):
         raise InputError("model.lora: the model has adapters already; merge them first")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -75,6 +75,8 @@ class SFTModule(L.LightningModule):
         self.weights, self.seed = weights, seed
         if isinstance(lora, Mapping):  # from a checkpoint's hyperparameters
             lora = LoRAConfig(**lora)
+        if lora is not None:
+            lora.check()
         self.lora = lora
         self.strict_loading = lora is None  # `on_load_checkpoint` checks adapters itself
         self.style: PromptStyle = get_style(prompt_style, header_in_prompt)

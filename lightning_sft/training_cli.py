@@ -290,11 +290,15 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
     if not is_checkpoint:
         raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
     hparams = read_checkpoint(checkpoint)["hyper_parameters"]
-    adapted = hparams.get("lora") is not None
-    base = [f"--model.{key}={json.dumps(hparams[key])}" for key in ("weights", "lora") if adapted]
+    base = []
+    if hparams.get("lora"):
+        base = [
+            f"--model.lora={json.dumps(hparams['lora'])}",
+            f"--model.weights={hparams['weights'] or 'null'}",
+            f"--seed_everything={hparams['seed']}",
+        ]
     return [
         *base,
-        *([f"--seed_everything={hparams['seed']}"] if adapted else []),
         f"--model.architecture={json.dumps(hparams['architecture'])}",
         f"--data.prompt_style={json.dumps(hparams['prompt_style'])}",
         f"--data.header_in_prompt={json.dumps(hparams['header_in_prompt'])}",
