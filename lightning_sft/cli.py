@@ -43,6 +43,7 @@ COMMANDS = {
     "compare": Command("compare", "compare", "weigh the answers of two or more runs"),
     "inspect": Command("inspect_data", "inspect", "show what the model will see of the data", True),
     "plan": Command("plan", "plan", "estimate what a run will cost in memory and time", True),
+    "recipes": Command("recipes", "recipes", "run and compare the chapter's exercises", True),
     "report": Command("report", "report", "make report.html of a run folder"),
     "score": Command("score", "score", "have another model rate answers from 0 to 100"),
     "chat": Command("chat", "chat", "answer instructions typed at a terminal"),

@@ -234,6 +234,32 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
     Raises:
         InputError: The command line or a config is wrong.
     """
+    _run(subcommand, arguments)
+    return 0
+
+
+def measure_validation(arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """`validate`, with what it found as values.
+
+    Args:
+        arguments: As for `validate`; `--ckpt_path` among them.
+
+    Returns:
+        The run folder of the checkpoint (None but on the first rank); loss and perplexity, the
+        checkpoint's step, and how many parameters there are and are trained.
+    """
+    cli = _run("validate", arguments)
+    if cli.checkpoint is None:
+        raise InputError("recipes loss: --ckpt_path is missing")
+    parameters = list(cli.model.parameters())
+    found = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    found["step"] = cli._checkpoint_step or 0
+    found["parameters"] = sum(p.numel() for p in parameters)
+    found["trained"] = sum(p.numel() for p in parameters if p.requires_grad)
+    return (cli.checkpoint.parent.parent if cli.trainer.is_global_zero else None), found
+
+
+def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
     _quieten()
     jsonargparse.set_parsing_settings(
         config_read_mode_fsspec_enabled=False,
@@ -250,7 +276,7 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
         # LightningCLI reads them from here, and so do the ranks that Lightning starts.
         sys.argv = [own_arguments[0], subcommand, *arguments]
         with RunClaim() as claim:
-            SFTCLI(
+            return SFTCLI(
                 SFTModule,
                 InstructionDataModule,
                 claim=claim,
@@ -265,7 +291,6 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
         sys.argv = own_arguments
         if known is None:
             os.environ.pop(RUN_FOLDER_VARIABLE, None)
-    return 0
 
 
 def use_checkpoint_config(arguments: list[str]) -> list[str]:
