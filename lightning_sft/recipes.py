@@ -41,11 +41,12 @@ KNOWN = {
     "alpaca-52k": "exercise 7.3, 52,002 entries",
     "lora": "exercise 7.4, adapters beside frozen weights",
 }
-USAGE = f"""usage: python -m lightning_sft recipes run RECIPE ... --config FILE.yaml [OPTIONS OF fit]
+USAGE = f"""usage: python -m lightning_sft recipes run RECIPE ... --config FILE.yaml [OPTIONS]
 
 recipes, joined by '+' for several at once:
 {chr(10).join(f"  {name:<12} {summary}" for name, summary in KNOWN.items())}
-or any other overlay's name. The first one is what the others are held against."""
+or any other overlay's name. The first one is what the others are held against. OPTIONS are those
+of fit and win over the overlays."""
 
 
 class Study(NamedTuple):

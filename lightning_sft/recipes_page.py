@@ -33,9 +33,9 @@ HEAD = [
 NOTE = (
     "Val loss is per token of the answers and their end alone, whatever the loss in training was "
     "over, so it compares across maskings and prompts. Metrics and score are means over the test "
-    "answers. Trained counts parameters. Peak GB is the most memory that the training process held, "
-    "libraries included. Training is the time of the training steps, without start, validation and "
-    "samples."
+    "answers. Trained counts parameters. Peak GB is the most memory that the training process "
+    "held, libraries included. Training is the time of the training steps, without start, "
+    "validation and samples."
 )
 
 

@@ -267,6 +267,13 @@ def test_a_step_changes_adapters_and_nothing_else() -> None:
     assert identify_base(module.network) == base
 
 
+def test_gpt2_medium_has_as_many_adapters_as_the_books_solution_prints() -> None:
+    """Exercise 7.4's output: 406,286,336 parameters, 7,898,384 of LoRA's."""
+    module = SFTModule("gpt2-medium", weights=None, lora=LoRAConfig())
+    total, trained = count_parameters(module)
+    assert (total - trained, trained) == (406_286_336, 7_898_384)
+
+
 def test_adapters_of_gpt2_small_are_below_five_per_cent() -> None:
     module = SFTModule("gpt2-small", weights=None, lora=LoRAConfig())
     total, trained = count_parameters(module)
