@@ -8,6 +8,7 @@ the entry's input. Ctrl-D or `/quit` ends.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,10 @@ from lightning_sft.checkpoint import read_checkpoint
 from lightning_sft.entries import Entry
 from lightning_sft.errors import InputError
 from lightning_sft.generation import GenerationConfig, decode
+from lightning_sft.lora import merge_lora
+from lightning_sft.lora_checkpoint import load_adapters
 from lightning_sft.model import GPTModel, get_config
+from lightning_sft.module import SFTModule
 from lightning_sft.prompts import PromptStyle, get_style
 from lightning_sft.tokenizer import GPT2Tokenizer, gpt2_tokenizer
 from lightning_sft.weights import load_weights
@@ -35,6 +39,7 @@ def chat(
     architecture: str | dict[str, Any] | None = None,
     prompt_style: str | dict[str, str] | None = None,
     header_in_prompt: bool | None = None,
+    weights: str | None = None,
     device: str = "auto",
 ) -> None:
     """Answer instructions typed at a terminal.
@@ -46,9 +51,12 @@ def chat(
         architecture: For weights that do not say it themselves.
         prompt_style: For weights away from their run folder; alpaca by default.
         header_in_prompt: Likewise.
+        weights: Where the base of a LoRA checkpoint is now, if it was moved.
         device: auto, cpu, cuda or mps.
     """
-    model, style = load_for_answers(ckpt_path, architecture, prompt_style, header_in_prompt)
+    model, style = load_for_answers(
+        ckpt_path, architecture, prompt_style, header_in_prompt, weights
+    )
     model.to(choose_device(device))
     tokenizer = gpt2_tokenizer()
     interactive = sys.stdin.isatty()
@@ -65,8 +73,14 @@ def load_for_answers(
     architecture: str | dict[str, Any] | None = None,
     prompt_style: str | dict[str, str] | None = None,
     header_in_prompt: bool | None = None,
+    weights: str | None = None,
 ) -> tuple[GPTModel, PromptStyle]:
-    """A model ready to answer, and the style it was trained with.
+    """A model ready to answer, and the style it was trained with. Adapters are merged.
+
+    Args:
+        path: A checkpoint, or weights.
+        architecture, prompt_style, header_in_prompt: For weights that do not say it themselves.
+        weights: Of a LoRA checkpoint's base, instead of those that it names.
 
     Raises:
         InputError: The path holds no weights, or they do not say their architecture.
@@ -76,6 +90,8 @@ def load_for_answers(
         hparams = checkpoint["hyper_parameters"]
         config = get_config(hparams["architecture"])
         style = get_style(hparams["prompt_style"], hparams["header_in_prompt"])
+        if hparams.get("lora"):
+            return _load_merged(checkpoint, weights).eval(), style
     else:
         run = _run_settings(Path(path))
         found = architecture or run.get("architecture") or _guess_architecture(path)
@@ -90,6 +106,17 @@ def load_for_answers(
         model = GPTModel(config)
     load_weights(model, path)
     return model.eval(), style
+
+
+def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:
+    """The base that adapters were trained beside, with the adapters merged into it."""
+    settings = checkpoint["hyper_parameters"]
+    if weights is not None:
+        settings = settings | {"weights": weights}
+    known = {key: settings[key] for key in ("architecture", "weights", "lora", "seed")}
+    module = SFTModule(**known)
+    load_adapters(module.network, checkpoint, settings["weights"])
+    return merge_lora(module.network)
 
 
 def stream_answer(
@@ -147,7 +174,10 @@ def _run_settings(weights: Path) -> dict[str, Any]:
         return {}
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     data = {key: config["data"][key] for key in ("prompt_style", "header_in_prompt")}
-    return data | {"architecture": config["model"]["architecture"]}
+    architecture = get_config(config["model"]["architecture"])
+    if config["model"].get("lora"):  # merged: an adapted head is the embedding no more
+        architecture = dataclasses.replace(architecture, tie_embeddings=False)
+    return data | {"architecture": dataclasses.asdict(architecture)}
 
 
 def _guess_architecture(path: str) -> str | None:

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_sft import files
 from lightning_sft.errors import InputError, ServiceError
+from lightning_sft.lora import merged_copy
 from lightning_sft.model import ARCHITECTURES, MODEL_SIZES, GPTConfig
 from lightning_sft.module import SFTModule
 from lightning_sft.run_folder import folder_of, version_numbers
@@ -159,9 +160,12 @@ class Checkpoints(Checkpoint):
             with files.atomic_write(folder / ".probe") as file:
                 file.write("can be written")
             (folder / ".probe").unlink()
-            # Weights and AdamW's two moments; one more is written before an old one goes.
-            one = 3 * sum(p.numel() * p.element_size() for p in pl_module.parameters())
-            needed = one * (self.keep_last + self.keep_best + 1) + one // 3
+            # What is trained and AdamW's two moments; one more is written before an old one goes.
+            # At the end come the weights as the book saves them.
+            sizes = {p: p.numel() * p.element_size() for p in pl_module.parameters()}
+            one = 3 * sum(size for p, size in sizes.items() if p.requires_grad)
+            final = sum(sizes.values())
+            needed = one * (self.keep_last + self.keep_best + 1) + final
             free = shutil.disk_usage(folder).free
             if needed > free:
                 raise ServiceError(
@@ -262,7 +266,10 @@ def find_checkpoint(wanted: str, run: Path) -> Path:
 
 
 class FinalWeights(L.Callback):
-    """Saves the fine-tuned weights as `<model>-sft.pth`, which the book's own code loads."""
+    """Saves the fine-tuned weights as `<model>-sft.pth`, which the book's own code loads.
+
+    Adapters are merged into them.
+    """
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         run = folder_of(trainer)
@@ -270,7 +277,7 @@ class FinalWeights(L.Callback):
         if run is not None and trainer.is_global_zero:
             path = run / f"{model_name(pl_module.config)}-sft.pth"
             with files.atomic_write(path, "wb") as file:
-                _Hashed(file).save(book_state_dict(pl_module.network))
+                _Hashed(file).save(book_state_dict(merged_copy(pl_module.network)))
             print(f"model saved as {path}")
 
 

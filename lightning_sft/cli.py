@@ -43,6 +43,7 @@ COMMANDS = {
     "compare": Command("compare", "compare", "weigh the answers of two or more runs"),
     "inspect": Command("inspect_data", "inspect", "show what the model will see of the data", True),
     "plan": Command("plan", "plan", "estimate what a run will cost in memory and time", True),
+    "recipes": Command("recipes", "recipes", "run and compare the chapter's exercises", True),
     "verify-resume": Command(
         "verify_resume", "verify_resume", "show that a killed run goes on exactly", True
     ),
@@ -129,6 +130,13 @@ def find_shipped(name: str, what: str) -> Path:
 def explain(message: str, allowed: list[str] | None = None) -> str:
     """A parser's message as one line, with the nearest allowed name where one is unknown."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()).removeprefix("error: ")
+    # Of a group that may be null, the parser also says why it is not null.
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes.*Problem with given class_path "
+        r"'[\w.]+': (.+?) - Expected a <class 'NoneType'>.*",
+        r"\1",
+        text,
+    )
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey '?\"?([\w.]+)", text)
     unknown = unknown or re.search(r"()option '([\w.]+)'", text)
     if allowed and unknown:

@@ -13,6 +13,9 @@ in B rows of width W:
                  masks, and attention weights where it rules out the fused kernel
     head         two chunks of logits, and the gradient of the head while chunks are added to it
 
+With LoRA only adapters count as trained; each adds `rank` numbers per token to the activations, and
+a frozen layer without one does not keep its input.
+
 They are added up although they do not all peak at the same moment, so the sum errs on the safe
 side. With `bf16-mixed` a block's activations count two thirds and bfloat16 copies of the weights
 are added; `-true` precisions halve everything. Sharded strategies are not modelled.
@@ -28,6 +31,7 @@ from typing import Any
 
 import torch
 
+from lightning_sft.lora import LoRALinear, add_lora
 from lightning_sft.loss import CHUNK_SIZE
 from lightning_sft.model import GPTModel
 from lightning_sft.module import SFTModule
@@ -59,16 +63,20 @@ def estimate_memory(
     total, trained = count_parameters(module)
     config, packed = module.config, batch.tokens != batch.rows * batch.width
     places, tokens = batch.rows * batch.width, batch.tokens
-    per_block = (13 * tokens + 4 * places if packed else 16 * tokens) * config.emb_dim * 4.0
+    numbers: float = 13 * tokens + 4 * places if packed else 16 * tokens  # for each dimension
+    model, blocks = skeleton(module), config.n_layers
+    if module.lora is not None:
+        blocks, more = count_adapter_numbers(model, module.lora.dropout)
+        numbers += more * tokens
+    per_block = numbers * config.emb_dim * 4.0
     dropout = 0.0  # of one block
     if config.drop_rate > 0:
         dropout = 2.0 * tokens * config.emb_dim + 12.0 * places * config.n_heads * batch.width
     stream = 3.0 * tokens * config.emb_dim * 4  # before and behind the blocks
-    activations = config.n_layers * (per_block + dropout) + stream
-    mixed = config.n_layers * (MIXED_SHARE * per_block + dropout) + stream
-    head = (
-        2 * min(CHUNK_SIZE, tokens) * config.vocab_size * 4 + config.vocab_size * config.emb_dim * 4
-    )
+    activations = blocks * (per_block + dropout) + stream
+    mixed = blocks * (MIXED_SHARE * per_block + dropout) + stream
+    head_trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
+    head = 2 * min(CHUNK_SIZE, tokens) * config.vocab_size * 4 + head_trained * 4
     weights = 4.0 * total
     gradients = 4.0 * trained * (2 if devices > 1 else 1)
     optimizer = trained * measure_optimizer(module)
@@ -83,11 +91,41 @@ def estimate_memory(
 
 def count_parameters(module: SFTModule) -> tuple[int, int]:
     """All parameters and the trained ones, without giving any of them memory."""
-    with torch.device("meta"):
-        model = module.model or GPTModel(module.config)
-    parameters = list(model.parameters())
+    parameters = list(skeleton(module).parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return sum(p.numel() for p in parameters), trained
+
+
+def skeleton(module: SFTModule) -> GPTModel:
+    """The module's model, adapters and all; one without memory where it is not made yet."""
+    if module.model is not None:
+        return module.model
+    with torch.device("meta"):
+        model = GPTModel(module.config)
+    return add_lora(model, module.lora) if module.lora is not None else model
+
+
+def count_adapter_numbers(model: GPTModel, dropout: float) -> tuple[int, float]:
+    """The blocks that keep anything for the backward pass, and how much more each does with LoRA.
+
+    Returns:
+        How many blocks there are from the first adapter on; the numbers per token and dimension
+        that one of them keeps beyond a trained block, fewer than none where frozen layers need not
+        know their inputs again.
+    """
+    more, kept = 0.0, 0
+    for block in model.trf_blocks:
+        adapted = {n: part for n, part in block.named_modules() if isinstance(part, LoRALinear)}
+        if not adapted and not kept:
+            continue
+        kept += 1
+        more -= not adapted.keys() & {"att.W_query", "att.W_key", "att.W_value"}
+        more -= "ff.layers.0" not in adapted
+        more -= 4 * ("ff.layers.2" not in adapted)
+        for part in adapted.values():
+            more += part.lora_a.shape[0] / model.config.emb_dim
+            more += 1.25 * (dropout > 0) * part.in_features / model.config.emb_dim  # and its mask
+    return kept, more / max(kept, 1)
 
 
 def measure_optimizer(module: SFTModule) -> float:

@@ -12,6 +12,7 @@ Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,11 @@ CHUNK_SIZE = 256
 
 
 def sum_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, places: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    places: torch.Tensor,
+    adapter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy summed over all targets.
 
@@ -31,22 +36,25 @@ def sum_cross_entropy(
         weight: (V, D) the head's weight.
         targets: (K,) int64 wanted token ids.
         places: (K,) which hidden state predicts each target; any order, repeats welcome.
+        adapter: Hidden states → (M, rank) and (V, rank), whose product is added to the logits.
 
     Returns:
-        A float32 scalar (float64 for float64 inputs). Differentiable in `hidden` and `weight`.
+        A float32 scalar (float64 for float64 inputs). Differentiable in `hidden`, `weight` and what
+        the adapter returns; what needs no gradient costs none.
     """
-    if not targets.numel():
-        return hidden.sum() * 0.0  # an empty sum that still has a graph
     used, places = torch.unique(places, return_inverse=True)  # sorted, so a chunk is a range
     order = torch.argsort(places)
-    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _SumCrossEntropy.apply(
-        hidden.index_select(0, used), weight, targets[order], places[order], with_grad
-    )
+    hidden = hidden.index_select(0, used)
+    factors = [hidden, weight, *(adapter(hidden) if adapter is not None else ())]
+    with_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+    return _SumCrossEntropy.apply(targets[order], places[order], with_grad, *factors)
 
 
 class _SumCrossEntropy(torch.autograd.Function):
-    """Both gradients are made while a chunk's logits are at hand; backward only scales them.
+    """All gradients are made while a chunk's logits are at hand; backward only scales them.
+
+    The logits are a sum of products `left @ right.T`: hidden states and the head's weight, and
+    likewise a low-rank part.
 
     For one target the gradient of the logits is `softmax(logits) - one_hot(target)`; targets that
     share a position add up.
@@ -55,66 +63,78 @@ class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
         targets: torch.Tensor,
         places: torch.Tensor,
         with_grad: bool,
+        *factors: torch.Tensor,
     ) -> torch.Tensor:
+        hidden, weight = factors[:2]
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        head = weight.to(dtype)
+        lefts, rights = factors[::2], [right.to(dtype) for right in factors[1::2]]
         exact = torch.promote_types(weight.dtype, torch.float32)  # of softmax and sums
         loss = torch.zeros((), dtype=exact, device=hidden.device)
-        need_hidden, need_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
+        needed = [with_grad and need for need in ctx.needs_input_grad[3:]]
+        gradients = [
+            torch.zeros_like(factor) if need else None
+            for factor, need in zip(factors, needed, strict=True)
+        ]
         # One buffer for all chunks: fresh memory of this size costs as much as the softmax in it.
-        buffer = torch.empty(
-            min(CHUNK_SIZE, len(hidden)), len(head), dtype=exact, device=hidden.device
-        )
+        size = min(CHUNK_SIZE, len(hidden))
+        buffer = torch.empty(size, len(rights[0]), dtype=exact, device=hidden.device)
         for begin in range(0, len(hidden), CHUNK_SIZE):
-            chunk = hidden[begin : begin + CHUNK_SIZE].to(dtype)
+            chunks = [left[begin : begin + CHUNK_SIZE].to(dtype) for left in lefts]
+            size = len(chunks[0])  # the last chunk is shorter
             first, last = torch.searchsorted(
-                places, torch.tensor([begin, begin + len(chunk)], device=places.device)
+                places, torch.tensor([begin, begin + size], device=places.device)
             ).tolist()
             place, target = places[first:last] - begin, targets[first:last]
-            logits = _multiply(chunk, head.T, buffer[: len(chunk)])  # (C, V)
+            logits = _sum_products(chunks, rights, buffer[:size])  # (C, V)
             wanted = logits[place, target]
             largest = logits.amax(-1, keepdim=True)
             exp_sum = logits.sub_(largest).exp_().sum(-1, keepdim=True)  # in place all the way
             loss += ((exp_sum.log() + largest)[place, 0] - wanted).sum()
             if not with_grad:
                 continue
-            counts = torch.bincount(place, minlength=len(chunk))[:, None]
+            counts = torch.bincount(place, minlength=size)[:, None]
             logits.mul_(counts / exp_sum)
             logits.index_put_((place, target), -torch.ones_like(place, dtype=exact), True)
             grad_logits = logits.to(dtype)
-            if grad_hidden is not None:
-                grad_hidden[begin : begin + CHUNK_SIZE] = grad_logits @ head
-            if grad_weight is not None:
-                if grad_weight.dtype == dtype:
-                    grad_weight.addmm_(grad_logits.T, chunk)
-                else:
-                    grad_weight += grad_logits.T @ chunk
-        ctx.gradients = grad_hidden, grad_weight
+            for number, (chunk, right) in enumerate(zip(chunks, rights, strict=True)):
+                grad_left, grad_right = gradients[2 * number : 2 * number + 2]
+                if grad_left is not None:
+                    grad_left[begin : begin + CHUNK_SIZE] = grad_logits @ right
+                if grad_right is not None:
+                    _add_product(grad_right, grad_logits.T, chunk)
+        ctx.gradients = gradients
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.gradients
+        gradients = ctx.gradients
         ctx.gradients = None  # in place below, so a second backward must not find them
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(grad_loss)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss)
-        return grad_hidden, grad_weight, None, None, None
+        scaled = [None if grad is None else grad.mul_(grad_loss) for grad in gradients]
+        return None, None, None, *scaled
 
 
-def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """A matrix product written into `out`, which may have a wider type."""
-    if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    return out.copy_(left @ right)
+def _sum_products(
+    lefts: list[torch.Tensor], rights: list[torch.Tensor], out: torch.Tensor
+) -> torch.Tensor:
+    """The sum of all `left @ right.T`, written into `out`, which may have a wider type."""
+    if lefts[0].dtype == out.dtype:
+        total = torch.mm(lefts[0], rights[0].T, out=out)
+    else:
+        total = out.copy_(lefts[0] @ rights[0].T)
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        _add_product(total, left, right.T)
+    return total
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left @ right`, whose types may differ."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

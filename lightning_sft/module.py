@@ -26,10 +26,13 @@ from torchmetrics import Metric
 from lightning_sft.errors import InputError, ServiceError
 from lightning_sft.generation import GenerationConfig, generate
 from lightning_sft.loader import Batch
+from lightning_sft.lora import LoRAConfig, LoRALinear, add_lora, is_adapter, merge_lora
+from lightning_sft.lora_checkpoint import check_adapters, identify_base
 from lightning_sft.loss import IGNORE_INDEX, sum_cross_entropy
 from lightning_sft.model import GPTConfig, GPTModel, PackedLayout, get_config
 from lightning_sft.prompts import PromptStyle, get_style
 from lightning_sft.tokenizer import Tokenizer, gpt2_tokenizer
+from lightning_sft.weight_files import locate
 from lightning_sft.weights import load_weights
 
 
@@ -40,6 +43,7 @@ class SFTModule(L.LightningModule):
         architecture: `gpt2-small`, `-medium`, `-large`, `-xl`, or a mapping of `GPTConfig` fields.
         weights: Where the model starts: a name as above, a path (folder, .safetensors, .pth,
             .ckpt), or null for random weights.
+        lora: Freeze the weights and train adapters beside them; a checkpoint then holds these.
         optimizer: Any of `torch.optim`; fused where the device has it.
         lr_scheduler: Any of `torch.optim.lr_scheduler`, or `lightning_sft.WarmupCosine`. Stepped
             after every optimizer step (`ReduceLROnPlateau`: after every validation).
@@ -54,6 +58,7 @@ class SFTModule(L.LightningModule):
         self,
         architecture: str | dict[str, Any] = "gpt2-medium",
         weights: str | None = "gpt2-medium",
+        lora: LoRAConfig | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
             params, lr=5e-5, weight_decay=0.1
         ),
@@ -68,6 +73,12 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.config: GPTConfig = get_config(architecture)
         self.weights, self.seed = weights, seed
+        if isinstance(lora, Mapping):  # from a checkpoint's hyperparameters
+            lora = LoRAConfig(**lora)
+        if lora is not None:
+            lora.check()
+        self.lora = lora
+        self.strict_loading = lora is None  # `on_load_checkpoint` checks adapters itself
         self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
         self.tokenizer: Tokenizer = gpt2_tokenizer()
         if isinstance(generation, Mapping):  # from a checkpoint's hyperparameters
@@ -89,7 +100,9 @@ class SFTModule(L.LightningModule):
         self.save_hyperparameters(
             {
                 "architecture": dataclasses.asdict(self.config),
-                "weights": None,  # the checkpoint holds them
+                # A checkpoint holds them, or else the adapters of these.
+                "weights": locate(weights) if lora else None,
+                "lora": lora.as_dict() if lora else None,
                 "prompt_style": {k: v for k, v in style.items() if k != "header_in_prompt"},
                 "header_in_prompt": self.style.header_in_prompt,
                 "generation": dataclasses.asdict(self.generation),
@@ -98,6 +111,7 @@ class SFTModule(L.LightningModule):
             logger=False,
         )
         self.model: GPTModel | None = None
+        self.base: dict[str, str] = {}  # what the adapters' frozen weights are known by
         self.tokens_seen = 0
         self.val_loss = TokenLoss()
         self.on_answer: Callable[[int, list[int]], None] | None = None
@@ -116,6 +130,9 @@ class SFTModule(L.LightningModule):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 model.initialize()
+        if self.lora is not None:
+            add_lora(model, self.lora, self.seed)
+            self.base = identify_base(model)
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -143,11 +160,13 @@ class SFTModule(L.LightningModule):
         else:
             places = supervised.flatten().nonzero().flatten()
         hidden = self.network.hidden_states(batch["input_ids"], layout=layout)
+        head = self.network.out_head
         loss = sum_cross_entropy(
             hidden.flatten(0, -2),
-            self.network.out_head.weight,
+            head.weight,
             batch["targets"][supervised],
             places,
+            head.factors if isinstance(head, LoRALinear) else None,
         )
         return loss, supervised.sum()
 
@@ -269,11 +288,23 @@ class SFTModule(L.LightningModule):
         steps = math.ceil(batches / trainer.accumulate_grad_batches)
         return steps * max(trainer.max_epochs or 1, 1)
 
+    def on_predict_start(self) -> None:
+        """Nothing is trained any more, and a merged model answers faster."""
+        merge_lora(self.network)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        if self.lora is not None:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in state if is_adapter(name)}
+            checkpoint["base"] = self.base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        if self.lora is not None:
+            check_adapters(self.network, checkpoint, self.weights)
+        elif any(map(is_adapter, checkpoint["state_dict"])):
+            raise InputError("ckpt_path: holds LoRA adapters; add model.lora as it was trained")
 
 
 class WarmupCosine(LambdaLR):

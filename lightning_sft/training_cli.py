@@ -36,6 +36,7 @@ from lightning_sft.checkpoint import (
     read_checkpoint,
 )
 from lightning_sft.cli import explain, option_names
+from lightning_sft.config_files import read_config
 from lightning_sft.data import InstructionDataModule
 from lightning_sft.errors import InputError, LightningSFTError
 from lightning_sft.generation import GenerationConfig
@@ -155,7 +156,7 @@ class SFTCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         callbacks: list[Any] = []
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.model.lora is None:
             # It holds all weights: those that training began with need not be there any more.
             self.model.weights = None
         if self.subcommand == "fit":
@@ -239,6 +240,32 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
     Raises:
         InputError: The command line or a config is wrong.
     """
+    _run(subcommand, arguments)
+    return 0
+
+
+def measure_validation(arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """`validate`, with what it found as values.
+
+    Args:
+        arguments: As for `validate`; `--ckpt_path` among them.
+
+    Returns:
+        The run folder of the checkpoint (None but on the first rank); loss and perplexity, the
+        checkpoint's step, and how many parameters there are and are trained.
+    """
+    cli = _run("validate", arguments)
+    if cli.checkpoint is None:
+        raise InputError("recipes loss: --ckpt_path is missing")
+    parameters = list(cli.model.parameters())
+    found = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    found["step"] = cli._facts["step"] if cli._facts else 0
+    found["parameters"] = sum(p.numel() for p in parameters)
+    found["trained"] = sum(p.numel() for p in parameters if p.requires_grad)
+    return (cli.checkpoint.parent.parent if cli.trainer.is_global_zero else None), found
+
+
+def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
     _quieten()
     if RUN_FOLDER_VARIABLE in os.environ:
         die_with_parent()  # a rank that Lightning started
@@ -257,7 +284,7 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
         # LightningCLI reads them from here, and so do the ranks that Lightning starts.
         sys.argv = [own_arguments[0], subcommand, *arguments]
         with RunClaim() as claim:
-            SFTCLI(
+            return SFTCLI(
                 SFTModule,
                 InstructionDataModule,
                 claim=claim,
@@ -272,7 +299,6 @@ def run_training(subcommand: str, arguments: list[str]) -> int:
         sys.argv = own_arguments
         if known is None:
             os.environ.pop(RUN_FOLDER_VARIABLE, None)
-    return 0
 
 
 def use_checkpoint_config(arguments: list[str]) -> list[str]:
@@ -292,16 +318,34 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
         return arguments
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     if (run / "config.yaml").is_file():
-        return [f"--config={run / 'config.yaml'}", *arguments]
+        merged = [] if is_checkpoint else _describe_merged(run / "config.yaml")
+        return [f"--config={run / 'config.yaml'}", *merged, *arguments]
     if not is_checkpoint:
         raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
     hparams = read_checkpoint(checkpoint)["hyper_parameters"]
+    base = []
+    if hparams.get("lora"):
+        base = [
+            f"--model.lora={json.dumps(hparams['lora'])}",
+            f"--model.weights={hparams['weights'] or 'null'}",
+            f"--seed_everything={hparams['seed']}",
+        ]
     return [
+        *base,
         f"--model.architecture={json.dumps(hparams['architecture'])}",
         f"--data.prompt_style={json.dumps(hparams['prompt_style'])}",
         f"--data.header_in_prompt={json.dumps(hparams['header_in_prompt'])}",
         *arguments,
     ]
+
+
+def _describe_merged(config: Path) -> list[str]:
+    """Options for the `.pth` of a LoRA run: its adapters are merged, its head is its own."""
+    model = read_config(config).get("model", {})
+    if not model.get("lora"):
+        return []
+    architecture = dataclasses.asdict(get_config(model["architecture"])) | {"tie_embeddings": False}
+    return ["--model.lora=null", f"--model.architecture={json.dumps(architecture)}"]
 
 
 def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
@@ -319,6 +363,7 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
                 f"ckpt_path: {checkpoint} has {field} {saved}, the configuration has "
                 f"{architecture.get(field)}; give the architecture it was trained with"
             )
+    _compare_lora(checkpoint, hparams.get("lora"), _plain(config.model.lora))
     style = get_style(_plain(config.data.prompt_style), config.data.header_in_prompt)
     trained = hparams.get("prompt_style", {}) | {
         "header_in_prompt": hparams.get("header_in_prompt")
@@ -330,6 +375,27 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
         )
     place = {"step": int(content["global_step"]), "epoch": int(content["epoch"])}
     return content.get("metrics", {}) | place
+
+
+def _compare_lora(checkpoint: Path, saved: Any, wanted: Any) -> None:
+    """Refuse whole weights where adapters are wanted, the reverse, and other adapters."""
+    if saved and not wanted:
+        raise InputError(
+            f"ckpt_path: {checkpoint} holds LoRA adapters; add --config lora.yaml, or --model.lora "
+            f"'{json.dumps(saved)}'"
+        )
+    if wanted and not saved:
+        raise InputError(
+            f"ckpt_path: {checkpoint} holds whole weights and no adapters; leave model.lora out, "
+            "or give it as model.weights to train adapters beside them"
+        )
+    for field in ("rank", "alpha", "targets") if saved else ():
+        ours = list(wanted[field]) if field == "targets" else wanted[field]
+        if ours != saved[field]:
+            raise InputError(
+                f"ckpt_path: {checkpoint} was trained with model.lora.{field} {saved[field]}, the "
+                f"configuration has {ours}"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -66,6 +66,12 @@ def find_weights(source: str) -> Path:
     return fetch_weights(name)
 
 
+def locate(source: str | None) -> str | None:
+    """A path that is there as an absolute one, so that it holds from any folder; else as it is."""
+    path = Path(source or "").expanduser()
+    return str(path.resolve()) if source and path.exists() else source
+
+
 def fetch_weights(name: str, source: str = "hub") -> Path:
     """Weights of a name in `REPOSITORIES`, from the cache or else the network.
 

@@ -139,6 +139,11 @@ def _fit(tensors: Tensors, model: GPTModel, path: Path) -> dict[str, torch.Tenso
     """Tensors by the model's names, after checking that each is there and of the right shape."""
     stripped = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     state = {name: stripped[name] for name in stripped if not _BOOK_MASK.fullmatch(name)}
+    if "tok_emb.weight" not in state and any(name.endswith("lora_a") for name in state):
+        raise InputError(
+            f"{path}: holds LoRA adapters and not the weights they belong to; give the merged "
+            "weights, the .pth in the folder of their run"
+        )
     if "tok_emb.weight" not in state:
         state = from_hf(state, model.config)
     head = state.pop("out_head.weight", state.get("tok_emb.weight"))  # without one: the embedding

@@ -74,7 +74,14 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def train_ours(run: Namespace, recorder: Recorder, *, bf16: bool, share_prefix: bool) -> None:
+def train_ours(
+    run: Namespace,
+    recorder: Recorder,
+    *,
+    bf16: bool,
+    share_prefix: bool,
+    overlays: tuple[str, ...] = (),
+) -> None:
     """`lightning_sft fit`; inside are loss, backward with zero_grad, and optimizer."""
     import lightning as L
 
@@ -112,6 +119,7 @@ def train_ours(run: Namespace, recorder: Recorder, *, bf16: bool, share_prefix: 
     with watched, tempfile.TemporaryDirectory() as folder:
         arguments = ["fit", f"--config={CONFIGS / 'gpt2-small.yaml'}", "--model.weights=null"]
         arguments += [f"--config={CONFIGS / 'bf16.yaml'}"] * bf16
+        arguments += [f"--config={CONFIGS / name}" for name in overlays]
         arguments += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--run.dir={folder}"]
         arguments += ["--trainer.limit_val_batches=0", "--loss_curve.every_n_steps=0"]
         arguments += ["--samples.indices=[]", f"--data.share_prefix={json.dumps(share_prefix)}"]
