@@ -5,8 +5,9 @@ character, so that a model is asked elsewhere as it was trained here. For what t
 
 - an entry's `input` goes into the message as a key of its own (`{"role": "user", "content": …,
   "input": …}`, which transformers hands on), or behind the instruction in the style's own words;
-- a system message is put before the next instruction, with an empty line between;
-- earlier turns are whole rows one after another, each closed by end-of-text as in training;
+- a system (or developer) message is put before the next instruction, an empty line between;
+- earlier questions and answers stand before, each laid out as one training text, with an empty
+  line behind it (a line break for a style with a closing mark, as ChatML);
 - any other role is refused.
 
     >>> tokenizer.chat_template = jinja_template(get_style("alpaca"))
@@ -20,13 +21,12 @@ import json
 
 from lightning_sft.prompts import PromptStyle
 
-END_OF_TEXT = "<|endoftext|>"
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 _JINJA = """\
 {{%- set turn = namespace(system='') -%}}
 {{%- for message in messages -%}}
-{{%- if message['role'] == 'system' -%}}
+{{%- if message['role'] in ['system', 'developer'] -%}}
 {{%- set turn.system = turn.system + message['content'] + '\\n\\n' -%}}
 {{%- elif message['role'] == 'user' -%}}
 {{{{- {before} + turn.system + message['content'] + {after} -}}}}
@@ -57,7 +57,7 @@ def jinja_template(style: PromptStyle) -> str:
         before_input=_quote(before_input),
         after_input=_quote(after_input),
         header=_quote(header),
-        end=_quote(style.end + END_OF_TEXT),
+        end=_quote(style.end + _after_turn(style)),
         open_header=_quote(header),
     )
 
@@ -68,7 +68,12 @@ def ollama_template(style: PromptStyle) -> str:
     header = style.header if style.header_in_prompt else ""
     system = "{{ if .System }}{{ .System }}\n\n{{ end }}"
     question = _go(before) + system + "{{ .Prompt }}" + _go(after + header)
-    return question + "{{ .Response }}" + _go(style.end + END_OF_TEXT)
+    return question + "{{ .Response }}" + _go(style.end + _after_turn(style))
+
+
+def _after_turn(style: PromptStyle) -> str:
+    """What parts a finished answer from the next question."""
+    return "\n" if style.end else "\n\n"
 
 
 def _quote(text: str) -> str:

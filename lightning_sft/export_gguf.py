@@ -12,7 +12,7 @@ Source: the GGUF format and the names of its keys, github.com/ggml-org/llama.cpp
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,11 +66,12 @@ def write_gguf(
     """
     gguf = load_gguf()
     check_vocabulary(model.config)
+    state = model.state_dict()
     with atomic_write(path, "wb") as file:
         writer = gguf.GGUFWriter(file.name, "gpt2")
         _add_model(writer, gguf, model.config, name, gguf_type)
         _add_tokenizer(writer, gguf, model.config, style)
-        for tensor_name, tensor in _iterate_gguf(model):
+        for tensor_name, tensor in iterate_gguf(state, model.config.n_layers):
             kind = tensor_type(tensor_name, tuple(tensor.shape), gguf_type)
             stored = _stored_shape(gguf, tensor.shape, kind)
             writer.add_tensor_info(
@@ -83,7 +84,7 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in _iterate_gguf(model):
+        for tensor_name, tensor in iterate_gguf(state, model.config.n_layers):
             kind = tensor_type(tensor_name, tuple(tensor.shape), gguf_type)
             writer.write_tensor_data(quantize(tensor, kind))
         writer.close()
@@ -117,7 +118,7 @@ def quantize(tensor: torch.Tensor, kind: str) -> np.ndarray[Any, Any]:
     """A tensor's values as GGUF keeps them."""
     gguf = load_gguf()
     values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])  # type: ignore[no-any-return]
+    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
 
 
 def unquantize(values: np.ndarray[Any, Any], kind: str) -> torch.Tensor:
@@ -177,10 +178,12 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
-def _iterate_gguf(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """GGUF's name and layout, (out, in), of every tensor."""
-    names = _names(model.config.n_layers)
-    for hf_name, tensor in iterate_hf(model.state_dict()):
+def iterate_gguf(
+    state_dict: Mapping[str, torch.Tensor], n_layers: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """GGUF's name and layout, (out, in), of every tensor of a `GPTModel`."""
+    names = _names(n_layers)
+    for hf_name, tensor in iterate_hf(state_dict):
         in_block = ".h." in hf_name and tensor.ndim == 2
         yield names[hf_name], tensor.T if in_block else tensor
 

@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from lightning_sft.chat_template import END_OF_TEXT, jinja_template
+from lightning_sft.chat_template import jinja_template
 from lightning_sft.errors import InputError
 from lightning_sft.files import atomic_write, write_json
 from lightning_sft.generation import GenerationConfig
 from lightning_sft.model import GPTConfig, GPTModel
 from lightning_sft.prompts import PromptStyle
-from lightning_sft.tokenizer import END_OF_TEXT as END_ID
-from lightning_sft.tokenizer import gpt2_tokenizer, read_vocabulary_file
+from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer, read_vocabulary_file
 from lightning_sft.weights import iterate_hf
+
+END_TOKEN = "<|endoftext|>"
 
 
 def write_hf(
@@ -77,9 +78,9 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         "attn_pdrop": config.drop_rate,
         "resid_pdrop": config.drop_rate,
         "initializer_range": 0.02,
-        "bos_token_id": END_ID,
-        "eos_token_id": END_ID,
-        "pad_token_id": END_ID,
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "pad_token_id": END_OF_TEXT,
         # Where this says true, transformers overwrites a trained head by the embedding.
         "tie_word_embeddings": config.tie_embeddings,
         "dtype": "float32",
@@ -89,9 +90,9 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
 def generation_config(generation: GenerationConfig) -> dict[str, Any]:
     """`generation_config.json`; every setting is named, as transformers has defaults of its own."""
     settings: dict[str, Any] = {
-        "bos_token_id": END_ID,
-        "eos_token_id": END_ID,
-        "pad_token_id": END_ID,
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "pad_token_id": END_OF_TEXT,
         "max_new_tokens": generation.max_new_tokens,
         "do_sample": generation.temperature > 0,
     }
@@ -132,7 +133,7 @@ def write_tokenizer(style: PromptStyle, config: GPTConfig, folder: Path) -> None
     for name, content in (("vocab.json", vocabulary), ("merges.txt", merges)):
         with atomic_write(folder / name, "wb") as file:
             file.write(content)
-    special = {"content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False}
+    special = {"content": END_TOKEN, "single_word": False, "lstrip": False, "rstrip": False}
     special |= {"normalized": False, "special": True}
     write_json(
         folder / "tokenizer_config.json",
@@ -142,8 +143,8 @@ def write_tokenizer(style: PromptStyle, config: GPTConfig, folder: Path) -> None
             "add_prefix_space": False,
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
-            **{f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad", "unk")},
-            "added_tokens_decoder": {str(END_ID): special},
+            **{f"{role}_token": END_TOKEN for role in ("bos", "eos", "pad", "unk")},
+            "added_tokens_decoder": {str(END_OF_TEXT): special},
             "chat_template": jinja_template(style),
         },
     )
@@ -154,7 +155,7 @@ def write_tokenizer(style: PromptStyle, config: GPTConfig, folder: Path) -> None
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [{"id": END_ID, **special}],
+            "added_tokens": [{"id": END_OF_TEXT, **special}],
             "normalizer": None,
             "pre_tokenizer": byte_level | {"trim_offsets": True},
             "post_processor": byte_level | {"trim_offsets": False},
