@@ -15,16 +15,15 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from lightning_sft import files
 from lightning_sft.errors import InputError, LightningSFTError, ServiceError
+from lightning_sft.evaluation_file import EVALUATION_NAME, merge
 from lightning_sft.responses import read_responses, responses_path
 
-EVALUATION_NAME = "evaluation.json"
 ALPACA_EVAL_NAME = "alpaca-eval.json"
 # Who fails when a task's data cannot be had; lm-eval hands their errors on as they are.
 _DATA_PACKAGES = ("datasets", "huggingface_hub", "requests", "httpx", "httpx2", "fsspec")
@@ -143,36 +142,6 @@ def result_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
                     "lm_eval": version,
                 }
             )
-    return rows
-
-
-def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Earlier rows of a results file, but for those that are measured again, and the new ones."""
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("model", "task", "metric", "filter", "shots", "chat_template", "limit")
-        return tuple(row.get(name) for name in names)
-
-    again = {key(row) for row in rows}
-    earlier = read_evaluation(path) if path.exists() else []
-    return [row for row in earlier if key(row) not in again] + rows
-
-
-def read_evaluation(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file.
-
-    Raises:
-        InputError: It is none.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a file of results ({error})") from None
-    wanted = {"task", "metric", "value", "stderr", "samples", "shots"}
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and wanted <= set(r) for r in rows
-    ):
-        raise InputError(f"{path}: not a file of results; `lightning_sft evaluate` writes them")
     return rows
 
 
