@@ -98,6 +98,7 @@ def evaluate(
             apply_chat_template=apply_chat_template,
             task_manager=manager,
             log_samples=False,
+            bootstrap_iters=1000,  # its 100,000 take minutes, for standard errors alone
             verbosity="WARNING",
         )
     settings = {"chat_template": apply_chat_template, "limit": limit}

@@ -26,11 +26,12 @@ from lightning_sft.checkpoint import model_name
 from lightning_sft.errors import InputError
 from lightning_sft.export_gguf import GGUFType, load_gguf, modelfile, write_gguf
 from lightning_sft.export_hf import write_hf
+from lightning_sft.exported_program import our_program
 from lightning_sft.model import GPTModel
 from lightning_sft.model_card import model_card
 from lightning_sft.origin import Origin, read_origin
 from lightning_sft.prompts import PromptStyle
-from lightning_sft.verify_export import ask, check, compare, make_prompts, our_program, round_model
+from lightning_sft.verify_export import ask, check, compare, make_prompts, round_model
 from lightning_sft.weights import book_state_dict
 
 Format = Literal["pth", "hf", "gguf"]

@@ -10,37 +10,24 @@ wrongly tied or a matrix that is not transposed moves the logits by far more tha
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lightning_sft.entries import Entry
 from lightning_sft.errors import LightningSFTError, ServiceError
-from lightning_sft.export_gguf import (
-    GGUFType,
-    quantize,
-    read_gguf,
-    tensor_type,
-    to_hf_names,
-    unquantize,
-)
-from lightning_sft.generation import generate
+from lightning_sft.export_gguf import GGUFType, quantize, tensor_type, unquantize
+from lightning_sft.exported_program import Program, readers
 from lightning_sft.model import GPTConfig, GPTModel
 from lightning_sft.prompts import PromptStyle
 from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer
-from lightning_sft.weights import from_hf, load_weights
 
 NUM_TOKENS = 24  # of each answer
 # Float32 sums differ by their order: an absolute part, and one for models of large logits.
 TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
-_MASK = re.compile(r"trf_blocks\.\d+\.att\.mask")
 
 PROBES = (
     Entry("What is the capital of France?", "", ""),
@@ -54,15 +41,6 @@ PROBES = (
     Entry("Hi", "", ""),
     Entry("List the planets of the solar system, " * 4 + "in order.", "", ""),
 )
-
-
-@dataclass(frozen=True)
-class Program:
-    """Something that holds a model: logits (T, V) of ids, and its own greedy continuation."""
-
-    name: str
-    logits: Callable[[list[int]], torch.Tensor]
-    greedy: Callable[[list[int], int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -99,16 +77,6 @@ class Agreement:
             f"greedy tokens equal on {self.same} of {self.count} prompts, largest difference of "
             f"logits {self.difference:.1e} (allowed {self.tolerance:.1e}; {self.program})"
         )
-
-
-def our_program(model: GPTModel, name: str = "this package") -> Program:
-    """A `GPTModel` as something to ask."""
-
-    def logits(ids: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            return model(torch.tensor([ids], device=model.tok_emb.weight.device))[0].cpu()
-
-    return Program(name, logits, lambda ids, n: generate(model, [ids], max_new_tokens=n)[0])
 
 
 def make_prompts(style: PromptStyle, config: GPTConfig) -> list[list[int]]:
@@ -179,17 +147,6 @@ def check(folder: Path, format: str, expected: Answers, context_length: int) -> 
     return found
 
 
-def readers(format: str) -> list[Callable[[Path], Program]]:
-    """What loads an export: our own code by the letter of the files, then the program itself.
-
-    Both, because transformers 5 forgives a config that ties a head which is not tied; earlier
-    versions and other programs go by the config, and lose the head.
-    """
-    if format == "hf" and importlib.util.find_spec("transformers") is not None:
-        return [_load_hf, load_transformers]
-    return [{"pth": _load_pth, "hf": _load_hf, "gguf": _load_gguf}[format]]
-
-
 def round_model(model: GPTModel, gguf_type: GGUFType) -> None:
     """Give every weight the value that a GGUF of this type keeps of it, in place."""
     with torch.no_grad():
@@ -197,81 +154,6 @@ def round_model(model: GPTModel, gguf_type: GGUFType) -> None:
             gguf_name = "position_embd.weight" if name == "pos_emb.weight" else name
             kind = tensor_type(gguf_name, tuple(parameter.shape), gguf_type)
             parameter.copy_(unquantize(quantize(parameter, kind), kind))
-
-
-def _load_pth(folder: Path) -> Program:
-    """Into the book's names, and each of them; also the causal masks that its code expects."""
-    (path,) = folder.glob("*.pth")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    config = GPTConfig(**json.loads((folder / "config.json").read_text("utf-8")))
-    masks = [state.pop(name) for name in [*state] if _MASK.fullmatch(name)]
-    wanted = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
-    if len(masks) != config.n_layers or not all(torch.equal(mask, wanted) for mask in masks):
-        raise ServiceError(f"verify: {path.name} lacks the causal masks of the book's code")
-    return our_program(_assemble(config, state), "the book's names")
-
-
-def _load_hf(folder: Path) -> Program:
-    facts = json.loads((folder / "config.json").read_text("utf-8"))
-    config = GPTConfig(
-        vocab_size=facts["vocab_size"],
-        context_length=facts["n_positions"],
-        emb_dim=facts["n_embd"],
-        n_heads=facts["n_head"],
-        n_layers=facts["n_layer"],
-        tie_embeddings=facts["tie_word_embeddings"],
-    )
-    with torch.device("meta"):
-        model = GPTModel(config)
-    load_weights(model, str(folder))
-    return our_program(model.eval(), "this package; transformers is not installed")
-
-
-def load_transformers(folder: Path) -> Program:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-
-    def logits(ids: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            return model(input_ids=torch.tensor([ids])).logits[0]
-
-    def greedy(ids: list[int], count: int) -> list[int]:
-        given = torch.tensor([ids])
-        said = model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=count,
-            do_sample=False,
-        )[0].tolist()[len(ids) :]
-        end = model.generation_config.eos_token_id
-        return said[: said.index(end)] if end in said else said
-
-    return Program(f"transformers {transformers.__version__}", logits, greedy)
-
-
-def _load_gguf(folder: Path) -> Program:
-    (path,) = folder.glob("*.gguf")
-    fields, tensors = read_gguf(path)
-    config = GPTConfig(
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        context_length=fields["gpt2.context_length"],
-        emb_dim=fields["gpt2.embedding_length"],
-        n_heads=fields["gpt2.attention.head_count"],
-        n_layers=fields["gpt2.block_count"],
-    )
-    state = from_hf(to_hf_names(tensors), config)
-    state.setdefault("out_head.weight", state["tok_emb.weight"])
-    return our_program(_assemble(config, state), "the GGUF read back")
-
-
-def _assemble(config: GPTConfig, state: dict[str, Any]) -> GPTModel:
-    """A model of these very tensors; every name must be there, and no other."""
-    with torch.device("meta"):
-        model = GPTModel(config)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
 
 
 def _logits(

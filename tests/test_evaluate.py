@@ -162,6 +162,7 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
                 task_manager=TaskManager(include_path=str(tasks)),
                 apply_chat_template=chat,
                 num_fewshot=0,
+                bootstrap_iters=10,
             )
             for lm in (
                 EvalModel(model, style, batch_size=5),

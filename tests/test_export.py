@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lightning_sft import export as export_module
-from lightning_sft import export_gguf, export_hf, verify_export, weights
+from lightning_sft import export_gguf, export_hf, exported_program, verify_export, weights
 from lightning_sft.chat import load_for_answers
 from lightning_sft.entries import Entry, read_entries
 from lightning_sft.errors import InputError, ServiceError
@@ -37,12 +37,13 @@ from lightning_sft.export_gguf import (
     write_gguf,
 )
 from lightning_sft.export_hf import generation_config, hf_config, write_safetensors
+from lightning_sft.exported_program import our_program
 from lightning_sft.generation import GenerationConfig, generate
 from lightning_sft.model import ARCHITECTURES, GPTConfig, GPTModel
 from lightning_sft.origin import public_name, read_origin
 from lightning_sft.prompts import get_style
 from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer
-from lightning_sft.verify_export import ask, check, compare, make_prompts, our_program, round_model
+from lightning_sft.verify_export import ask, check, compare, make_prompts, round_model
 from lightning_sft.weights import from_hf, iterate_hf, load_weights, to_hf
 
 SMALL = GPTConfig(vocab_size=97, context_length=48, emb_dim=32, n_heads=4, n_layers=2)
@@ -78,12 +79,12 @@ def export_to(out: Path, checkpoint: Path, *options: object) -> int:
     return run("export", "--ckpt_path", checkpoint, "--out", out, *options)
 
 
-def write_and_load_hf(model: GPTModel, folder: Path) -> verify_export.Program:
+def write_and_load_hf(model: GPTModel, folder: Path) -> exported_program.Program:
     """Without the check of the vocabulary, so that small ones do."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
     write_safetensors(model, folder / "model.safetensors")
-    return verify_export.load_transformers(folder)
+    return exported_program.load_transformers(folder)
 
 
 # --- The same model on the other side ---
@@ -371,7 +372,7 @@ def forget_transpose(monkeypatch):
         weights, "_is_conv1d", lambda name, t: right(name, t) and "attn.c_proj" not in name
     )
     # The way back is another's in transformers; ours would make the same mistake twice.
-    monkeypatch.setattr(verify_export, "from_hf", right_from_hf(right))
+    monkeypatch.setattr(exported_program, "from_hf", right_from_hf(right))
 
 
 def right_from_hf(right):
@@ -419,9 +420,9 @@ def leave_masks_out(monkeypatch):
 
 
 def without_transformers(monkeypatch):
-    right = verify_export.importlib.util.find_spec
+    right = exported_program.importlib.util.find_spec
     monkeypatch.setattr(
-        verify_export.importlib.util,
+        exported_program.importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "transformers" else right(name, *rest),
     )
