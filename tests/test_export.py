@@ -232,11 +232,11 @@ def test_generation_settings_are_what_transformers_uses(tmp_path):
     transformers = pytest.importorskip("transformers")
     sampling = GenerationConfig(max_new_tokens=7, temperature=0.7)
     for ours, expected in (
-        (GenerationConfig(), {"do_sample": False, "max_new_tokens": 256}),
+        (GenerationConfig(), {"do_sample": False, "max_length": 128, "max_new_tokens": None}),
         (sampling, {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0}),
         (dataclasses.replace(sampling, top_k=5, top_p=0.9), {"top_k": 5, "top_p": 0.9}),
     ):
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config(ours)))
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config(ours, 128)))
         theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
         assert theirs.eos_token_id == theirs.pad_token_id == END_OF_TEXT
         assert {name: getattr(theirs, name) for name in expected} == expected
