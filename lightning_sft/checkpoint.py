@@ -104,9 +104,8 @@ def read_checkpoint(
     """
     if not path.is_file():
         raise InputError(f"ckpt_path: {path} is not a file")
-    expected = _facts(path).get("sha256")
-    if not mmap and expected is not None and files.sha256_of(path) != expected:
-        raise InputError(f"ckpt_path: {path} is damaged (its sha256 differs from {sidecar(path)})")
+    if not mmap:
+        check_whole(path)
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:
@@ -122,6 +121,17 @@ def read_checkpoint(
         what = missing[0] if missing else "hyper_parameters with an architecture"
         raise InputError(f"ckpt_path: {path} is not a checkpoint of a run here (no {what})")
     return checkpoint
+
+
+def check_whole(path: Path) -> None:
+    """Read a checkpoint through and compare it with its sidecar, where there is one.
+
+    Raises:
+        InputError: They differ.
+    """
+    expected = _facts(path).get("sha256")
+    if expected is not None and path.is_file() and files.sha256_of(path) != expected:
+        raise InputError(f"ckpt_path: {path} is damaged (its sha256 differs from {sidecar(path)})")
 
 
 def _facts(path: Path) -> dict[str, Any]:

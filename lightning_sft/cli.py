@@ -41,6 +41,8 @@ TRAINING = {
 }
 COMMANDS = {
     "compare": Command("compare", "compare", "weigh the answers of two or more runs"),
+    "evaluate": Command("evaluate", "evaluate", "run lm-eval's tasks on a model"),
+    "export": Command("export", "export", "write a model for transformers, llama.cpp or the book"),
     "inspect": Command("inspect_data", "inspect", "show what the model will see of the data", True),
     "plan": Command("plan", "plan", "estimate what a run will cost in memory and time", True),
     "recipes": Command("recipes", "recipes", "run and compare the chapter's exercises", True),
@@ -165,7 +167,7 @@ def _run_function(name: str, function: Any, arguments: list[str]) -> int:
     )
     parser.add_function_arguments(function, as_group=False, skip={*by_place})
     try:
-        config = parser.parse_args(arguments)
+        config = parser.parse_args(_write_out_flags(function, arguments))
     except ArgumentError as error:
         raise InputError(f"{name}: {explain(str(error), option_names(parser))}") from None
     settings = parser.instantiate_classes(config)
@@ -181,6 +183,17 @@ def _list_parameters(function: Any) -> dict[str, Any]:
         for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and typing.get_origin(hints[p.name]) is list
     }
+
+
+def _write_out_flags(function: Any, arguments: list[str]) -> list[str]:
+    """`--verify` alone as `--verify=true`: options that are false unless named need no value."""
+    parameters = inspect.signature(function).parameters.values()
+    flags = {f"--{p.name}" for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is False}
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in flags and after.startswith("--") else argument
+        for argument, after in zip(arguments, following, strict=False)
+    ]
 
 
 def option_names(parser: Any) -> list[str]:

@@ -4,8 +4,8 @@
 
 Reads what is in the run folder, whatever is missing, and writes `report.html` and `report.json`
 into it: loss, learning rate and throughput, samples over the epochs, scores with their interval and
-controls, metrics that need no judge, every answer (worst first, searchable, sortable), the config
-and the versions. The page is one file that loads nothing, and works without its script.
+controls, metrics that need no judge, benchmarks, every answer (worst first, searchable, sortable),
+the config and the versions. The page is one file that loads nothing, and works without its script.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from lightning_sft import files
 from lightning_sft.charts import Point
 from lightning_sft.errors import InputError, hide_keys
+from lightning_sft.evaluation_file import EVALUATION_NAME, read_evaluation
 from lightning_sft.metrics import measure
 from lightning_sft.metrics import summarize as summarize_metrics
 from lightning_sft.report_page import render
@@ -82,12 +83,13 @@ def collect(folder: Path) -> dict[str, Any]:
         "training": load("metrics.csv", _read_training) or {},
         "samples": load("samples.jsonl", files.read_jsonl) or [],
         **judge_answers(responses, records),
+        "evaluation": load(EVALUATION_NAME, read_evaluation) or [],
         "config": load("config.yaml", _read_text),
         "versions": load("versions.json", lambda path: json.loads(path.read_text("utf-8"))),
         "notes": notes,
     }
     found["versions_here"] = _versions_here()
-    parts = ("training", "samples", "answers", "config", "versions")
+    parts = ("training", "samples", "answers", "evaluation", "config", "versions")
     if not any(found[part] for part in parts) and _picture(folder) is None:
         why = f" ({'; '.join(notes)})" if notes else ""
         raise InputError(f"{folder}: holds no part of a run, such as metrics.csv{why}")

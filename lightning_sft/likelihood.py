@@ -1,0 +1,164 @@
+"""How likely a model finds a text, and what it writes until a given word: what benchmarks ask.
+
+Requests are sorted, the longest context first, so that the memory needed shows at once, and those
+that share a context (the choices of a question) land in one batch, where it is computed once. Only
+the tokens that are rated go through the head.
+
+    >>> score(model, [Request(context=[15496], continuation=[995])])
+    [(-9.1, False)]
+
+The rules for what does not fit the context are those of lm-eval's own `hf` model, so that results
+compare: a context loses its beginning, never the continuation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from lightning_sft.data import pack
+from lightning_sft.errors import InputError
+from lightning_sft.generation import GenerationConfig, decode, evaluating
+from lightning_sft.model import GPTModel, PackedLayout
+from lightning_sft.tokenizer import gpt2_tokenizer
+
+Told = Callable[[int], object]  # how many requests were finished, for a progress bar
+
+
+class Request(NamedTuple):
+    """Token ids, at least one in each; the continuation is rated."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+def score(
+    model: GPTModel, requests: Sequence[Request], batch_size: int = 16, told: Told | None = None
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of each continuation, and whether greedy decoding would write it.
+
+    Args:
+        batch_size: Requests computed side by side.
+
+    Returns:
+        In the order given; natural logarithms, summed over the continuation's tokens.
+
+    Raises:
+        InputError: A part is empty, or a continuation is longer than the model's context.
+    """
+    length = model.config.context_length
+    for place, (context, continuation) in enumerate(requests):
+        if not context or not continuation:
+            raise InputError(f"request {place}: context and continuation need a token each")
+        if len(continuation) > length:
+            raise InputError(
+                f"request {place}: a continuation of {len(continuation)} tokens does not fit the "
+                f"model's context of {length}"
+            )
+    places = sorted(range(len(requests)), key=lambda place: _order(requests[place]))
+    scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+    with evaluating(model):
+        for batch in _batches(places, batch_size):
+            found = _score_batch(model, [requests[place] for place in batch])
+            for place, rated in zip(batch, found, strict=True):
+                scores[place] = rated
+            if told is not None:
+                told(len(batch))
+    return scores
+
+
+def _order(request: Request) -> tuple[int, list[int], int]:
+    """Longest context first, equal ones side by side, then the longest continuation."""
+    return -len(request.context), request.context, -len(request.continuation)
+
+
+@torch.inference_mode()
+def _score_batch(model: GPTModel, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    length = model.config.context_length
+    # The last token is rated, never read; of the rest, the model sees what fits.
+    rows = [(context + continuation)[-(length + 1) :][:-1] for context, continuation in requests]
+    device = model.tok_emb.weight.device
+    packed = {k: v.to(device) for k, v in pack(rows, share_prefix=True).items()}
+    layout = PackedLayout(packed["positions"], packed["gather"], packed["scatter"])
+    hidden = model.hidden_states(packed["input_ids"], layout=layout)  # (N, D)
+    rated = []
+    for place, (row, request) in enumerate(zip(rows, requests, strict=True)):
+        tokens = torch.tensor(request.continuation, device=device)  # (C,)
+        before = layout.gather[place, len(row) - len(tokens) : len(row)]
+        log_probs = model.out_head(hidden[before]).float().log_softmax(-1)  # (C, V)
+        total = log_probs.gather(-1, tokens[:, None]).sum()
+        rated.append((float(total), bool((log_probs.argmax(-1) == tokens).all())))
+    return rated
+
+
+def write_until(
+    model: GPTModel,
+    contexts: Sequence[list[int]],
+    stops: Sequence[str],
+    config: GenerationConfig,
+    told: Told | None = None,
+) -> list[str]:
+    """Continue every context until end-of-text, one of `stops`, or `max_new_tokens`.
+
+    Returns:
+        The texts, without the stop.
+
+    Raises:
+        InputError: An empty context, or more new tokens than the model's context holds.
+    """
+    room = model.config.context_length - config.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context "
+            f"of {model.config.context_length}; the task sets max_gen_toks"
+        )
+    if config.temperature == 0:
+        config = dataclasses.replace(config, top_k=None, top_p=None)
+    places = sorted(range(len(contexts)), key=lambda place: -len(contexts[place]))
+    texts = [""] * len(contexts)
+    for batch in _batches(places, config.batch_size):
+        prompts = [contexts[place][-room:] for place in batch]
+        for place, text in zip(
+            batch, _write_batch(model, prompts, stops, config, batch), strict=True
+        ):
+            texts[place] = text
+        if told is not None:
+            told(len(batch))
+    return texts
+
+
+def _write_batch(
+    model: GPTModel,
+    prompts: list[list[int]],
+    stops: Sequence[str],
+    config: GenerationConfig,
+    keys: list[int],
+) -> list[str]:
+    """Answers of one batch; it ends when every row has met its end or a stop."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    decode_ids = gpt2_tokenizer().decode
+    for step in decode(model, prompts, config, keys=keys):
+        for row, token in step:
+            if token is None:
+                open_rows.discard(row)
+                continue
+            ids[row].append(token)
+            if stops and row in open_rows and _cut(text := decode_ids(ids[row]), stops) != text:
+                open_rows.discard(row)
+        if not open_rows:
+            break
+    return [_cut(decode_ids(row), stops) for row in ids]
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """Up to the first of the stops."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _batches(places: list[int], size: int) -> Iterator[list[int]]:
+    for begin in range(0, len(places), size):
+        yield places[begin : begin + size]
