@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def build_chat_page() -> str:
+    return "<!doctype html>"
