@@ -186,23 +186,27 @@ class Engine:
         """Jobs that have not joined yet."""
         return sum(len(lane.waiting) for lane in self.lanes.values())
 
+    def turn(self) -> None:
+        """One round: for every model, whoever may joins, and all rows take a token."""
+        for lane in self.lanes.values():
+            try:
+                self._dismiss(lane)
+                self._admit(lane)
+                self._step(lane)
+            except Exception as error:  # whatever it was, the next request deserves an answer
+                self._fail(lane, error)
+
     def _run(self) -> None:
         while not (self.draining and not self.running and not self.waiting):
             with self._changed:
                 if not self.running and not self.waiting:
                     self._changed.wait(0.2)  # a limit, as `drain` cannot notify
-            for lane in self.lanes.values():
-                try:
-                    news = self._dismiss(lane) + self._admit(lane) + self._step(lane)
-                except Exception as error:  # whatever it was, the next request deserves an answer
-                    news = self._fail(lane, error)
-                if news:
-                    self.deliver(news)
+            self.turn()
 
-    def _dismiss(self, lane: Lane) -> list[tuple[Job, News]]:
+    def _dismiss(self, lane: Lane) -> None:
         """Let go of those who wait, and are not wanted any more or have waited too long."""
         if not lane.waiting:
-            return []
+            return
         now, news = time.monotonic(), []
         with self._changed:
             for job in list(lane.waiting):
@@ -211,9 +215,9 @@ class Engine:
                     lane.waiting.remove(job)
                     if not job.cancelled:
                         news.append((job, News(None, end=reason)))
-        return news
+        self._tell(news)
 
-    def _admit(self, lane: Lane) -> list[tuple[Job, News]]:
+    def _admit(self, lane: Lane) -> None:
         """Let those join who have waited longest, as far as there is room."""
         joining: list[Job] = []
         with self._changed:
@@ -225,19 +229,18 @@ class Engine:
                 joining.append(lane.waiting.popleft())
             lane.jobs += joining
         if not joining:
-            return []
+            return
         try:
             lane.batch.join([job.prompt for job in joining])
         except Exception as error:  # those under way are not to suffer
             _complain(error)
             del lane.jobs[-len(joining) :]
-            return [(job, News(None, end="error")) for job in joining]
-        return []
+            self._tell([(job, News(None, end="error")) for job in joining])
 
-    def _step(self, lane: Lane) -> list[tuple[Job, News]]:
+    def _step(self, lane: Lane) -> None:
         """One token for every row; rows that are finished leave."""
         if not lane.jobs:
-            return []
+            return
         self.steps += 1
         tokens = sample_each(lane.batch.logits, lane.jobs)
         likelihoods = find_likelihoods(lane.batch.logits, tokens, lane.jobs)
@@ -261,18 +264,21 @@ class Engine:
                 going_on.append(slot)
         # Told before the next step is computed: an answer need not wait for it. Whoever left in
         # between is noticed then.
-        self.deliver(news)
+        self._tell(news)
         jobs, lane.jobs = lane.jobs, [lane.jobs[slot] for slot in going_on]
         slots = lane.batch.feed(tokens, going_on)
         lane.jobs = [jobs[slot] for slot in slots]
-        return []
 
-    def _fail(self, lane: Lane, error: Exception) -> list[tuple[Job, News]]:
+    def _fail(self, lane: Lane, error: Exception) -> None:
         """Give up the rows of a batch, and begin a new one."""
         _complain(error)
         failed, lane.jobs = lane.jobs, []
         lane.batch = Batch(lane.batch.model)
-        return [(job, News(None, end="error")) for job in failed]
+        self._tell([(job, News(None, end="error")) for job in failed])
+
+    def _tell(self, news: list[tuple[Job, News]]) -> None:
+        if news:
+            self.deliver(news)
 
 
 @torch.inference_mode()
