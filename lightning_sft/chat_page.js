@@ -39,6 +39,7 @@
       token = "";
       at("about").textContent = "Not connected.";
       at("token-form").hidden = false;
+      form.hidden = true;
       at("token").focus();
       return;
     }
@@ -58,7 +59,8 @@
     at("max_tokens").max = limits.max_tokens;
     if (models.length > 1) offerModels(names);
     showSettings();
-    at("ask-button").disabled = false;
+    at("ask-button").disabled = form.hidden = false;
+    at("empty").hidden = turns.length > 0;
     instruction.focus();
   }
 
