@@ -7,7 +7,8 @@ Every server is given the same raw prompts through /v1/completions, greedy, with
 client asks its next question as soon as the last one is answered. Servers run one at a time and in
 turn (A B C, A B C), so that whatever else the machine does hits all alike; a figure is the median
 of the rounds. Counted are the tokens that a server says it wrote (`usage`; where it does not say,
-those of the text), from the first request to the last answer. Leave the machine alone meanwhile; the load found at the start is recorded.
+those of the text), from the first request to the last answer. Leave the machine alone meanwhile;
+the load found at the start is recorded.
 
 Without --ckpt a model of --architecture is made up and saved, random weights; the GGUF and the
 folder must then come from `export` of that file, which --out keeps.
