@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_sft.answer_text import AnswerText
 from lightning_sft.checkpoint import read_checkpoint
 from lightning_sft.entries import Entry
 from lightning_sft.errors import InputError
@@ -128,24 +129,15 @@ def stream_answer(
 ) -> Iterator[str]:
     """Pieces of the answer's text as soon as they are certain; joined they are `extract`'s text.
 
-    What may still be cut off or change is held back: half of a character, white space at the end,
-    a header or closing mark that the model writes itself.
+    The steps of `decode`, through `AnswerText`.
     """
-    held = max(len(style.end), 0)
-    ids: list[int] = []
-    shown = ""
+    text = AnswerText(style)
     prompt = tokenizer.encode(style.prompt(entry))
     for step in decode(model, [prompt], generation):
-        ids += [token for _, token in step if token is not None]
-        text = tokenizer.decode(ids)
-        if not style.header_in_prompt and len(text.strip()) < len(style.header.strip()):
-            continue  # the header is still being written
-        certain = style.extract(text.rstrip("\ufffd"))
-        certain = certain[: len(certain) - held].rstrip() if held else certain
-        if certain.startswith(shown) and len(certain) > len(shown):
-            yield certain[len(shown) :]
-            shown = certain
-    yield style.extract(tokenizer.decode(ids))[len(shown) :]
+        for _, token in step:
+            piece = text.finish() if token is None else text.add(tokenizer.token_bytes(token))
+            if piece:
+                yield piece
 
 
 def choose_device(device: str) -> torch.device:

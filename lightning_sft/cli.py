@@ -52,6 +52,7 @@ COMMANDS = {
     "report": Command("report", "report", "make report.html of a run folder"),
     "score": Command("score", "score", "have another model rate answers from 0 to 100"),
     "chat": Command("chat", "chat", "answer instructions typed at a terminal"),
+    "serve": Command("serve", "serve", "answer over OpenAI's API, with a page to talk to"),
     "download": Command("weight_files", "download_command", "fetch GPT-2's weights for later"),
 }
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lightning_sft.data import pack
+from lightning_sft.batch import Batch
 from lightning_sft.errors import InputError
-from lightning_sft.model import GPTModel, KVCache, PackedLayout
+from lightning_sft.model import GPTModel
 from lightning_sft.tokenizer import END_OF_TEXT
 
 
@@ -123,17 +123,16 @@ def decode(
     """
     check_prompts(prompts, model.config.context_length)
     keys = range(len(prompts)) if keys is None else keys
-    rngs = [torch.Generator().manual_seed(_mix(config.seed, key)) for key in keys]
-    longest = max(map(len, prompts))
+    rngs = [torch.Generator().manual_seed(mix_seed(config.seed, key)) for key in keys]
     room = [model.config.context_length - len(prompt) for prompt in prompts]
     left = [min(config.max_new_tokens, free) for free in room]  # tokens each row may still take
     active = list(range(len(prompts)))
+    most = min(max(map(len, prompts)) + max(left), model.config.context_length)
     with evaluating(model):
-        most = min(longest + max(left), model.config.context_length)
-        cache = _new_cache(model, len(prompts), most)
-        logits = _prefill(model, prompts, cache)
+        batch = Batch(model, most)
+        batch.join(prompts)
         while active:
-            tokens = sample(logits, config, [rngs[row] for row in active])
+            tokens = sample(batch.logits, config, [rngs[row] for row in active])
             events: list[tuple[int, int | None]] = []
             going_on = []
             for slot, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
@@ -146,36 +145,7 @@ def decode(
                 else:
                     going_on.append(slot)
             yield events
-            if len(going_on) < len(active):
-                slots = _close_gaps(going_on, len(active))
-                active = [active[slot] for slot in slots]
-                if not active:
-                    return
-                kept = torch.tensor(slots, device=logits.device)
-                tokens = tokens[kept]
-                cache.select(kept)
-            logits = _step(model, tokens, cache)
-
-
-@torch.inference_mode()
-def _prefill(model: GPTModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
-    """Fill the cache with the prompts, common beginnings once; logits (B, V) of the next tokens."""
-    device = model.tok_emb.weight.device
-    # `pack` makes inputs of all but a row's last token, which here is the end-of-text it added.
-    packed = {k: v.to(device) for k, v in pack(prompts, share_prefix=True).items()}
-    layout = PackedLayout(packed["positions"], packed["gather"], packed["scatter"])
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    hidden = model.hidden_states(
-        packed["input_ids"], layout=layout, cache=cache, row_lengths=lengths
-    )
-    last = layout.gather[torch.arange(len(prompts), device=device), lengths - 1]
-    return model.out_head(hidden[last])
-
-
-@torch.inference_mode()
-def _step(model: GPTModel, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Feed one token (B,) a row; logits (B, V) of the next."""
-    return model.out_head(model.hidden_states(tokens[:, None], cache=cache)[:, -1])
+            active = [active[slot] for slot in batch.feed(tokens, going_on)]
 
 
 @torch.inference_mode()
@@ -204,23 +174,6 @@ def sample(
     return torch.cat(drawn).to(logits.device)
 
 
-def _new_cache(model: GPTModel, batch_size: int, max_length: int) -> KVCache:
-    weight = model.tok_emb.weight
-    device = weight.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    return KVCache(model.config, batch_size, max_length, weight.device, dtype)
-
-
-def _close_gaps(kept: list[int], size: int) -> list[int]:
-    """Which old slot goes to each new one: those that can stay do, the last ones fill the gaps."""
-    gone = [slot for slot in range(len(kept)) if slot not in set(kept)]
-    slots = list(range(len(kept)))
-    for slot, filler in zip(gone, (s for s in kept if s >= len(kept)), strict=True):
-        slots[slot] = filler
-    return slots
-
-
 def check_prompts(prompts: Sequence[Sequence[int]], context_length: int) -> None:
     """Refuse prompts that cannot be answered, before any is.
 
@@ -237,7 +190,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], context_length: int) -> None
             )
 
 
-def _mix(seed: int, key: int) -> int:
+def mix_seed(seed: int, key: int) -> int:
     """One generator seed from two numbers, so that neighbours do not share random streams."""
     return (seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9 + 1) % 2**63
 

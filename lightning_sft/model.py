@@ -128,6 +128,7 @@ class KVCache:
         shape = (config.n_layers, batch_size, config.n_heads, max_length, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._room = (self.keys, self.values)  # all there is, also of rows that left
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # filled, per row
         self.longest = 0  # of `lengths`, known without asking the device
 
@@ -142,6 +143,32 @@ class KVCache:
             stored[:, moved, :, :longest] = stored[:, rows[moved], :, :longest]
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         self.lengths, self.longest = self.lengths[rows], longest
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """How many rows of how many tokens fit without taking more memory."""
+        return self._room[0].shape[1], self._room[0].shape[3]
+
+    def resize(self, batch_size: int, max_length: int) -> None:
+        """Take memory for this many rows of this many tokens, and keep what is held."""
+        rows, moved = len(self.lengths), []
+        for old in (self.keys, self.values):
+            layers, _, heads, _, head_dim = old.shape
+            new = old.new_zeros(layers, batch_size, heads, max_length, head_dim)
+            new[:, :rows, :, : self.longest] = old[:, :, :, : self.longest]
+            moved.append(new)
+        self._room = (moved[0], moved[1])
+        self.keys, self.values = moved[0][:, :rows], moved[1][:, :rows]
+
+    def join(self, other: KVCache) -> None:
+        """Copy another cache's rows behind these; there must be room for them."""
+        first = len(self.lengths)
+        rows = first + len(other.lengths)
+        for place, theirs in zip(self._room, (other.keys, other.values), strict=True):
+            place[:, first:rows, :, : other.longest] = theirs[:, :, :, : other.longest]
+        self.keys, self.values = (place[:, :rows] for place in self._room)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self.longest = max(self.longest, other.longest)
 
     def append(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor

@@ -23,22 +23,27 @@ from lightning_sft.metrics import METRICS, TITLES
 from lightning_sft.significance import Interval
 
 
-def build_page(title: str, body: str, script: str, data: Any = None) -> str:
+def build_page(
+    title: str, body: str, script: str, data: Any = None, *, style: str = "", talks: bool = False
+) -> str:
     """A whole HTML document.
 
     Args:
         body: HTML, its texts escaped already.
         script: Name of the script file in this package.
         data: JSON for the script, under the id `data`.
+        style: Name of a style sheet in this package to go behind the common one.
+        talks: The script may talk to the server that the page came from.
     """
-    style, code = _read("page.css"), _read(script)
+    sheet, code = _read("page.css") + (_read(style) if style else ""), _read(script)
+    connect = "connect-src 'self'; " if talks else ""
     slots = {
         "policy": (
-            f"default-src 'none'; script-src '{_hash(code)}'; style-src '{_hash(style)}'; "
-            "img-src data:; base-uri 'none'; form-action 'none'"
+            f"default-src 'none'; script-src '{_hash(code)}'; style-src '{_hash(sheet)}'; "
+            f"{connect}img-src data:; base-uri 'none'; form-action 'none'"
         ),
         "title": escape(title),
-        "style": style,
+        "style": sheet,
         "body": body,
         "data": embed_json(data),
         "script": code,

@@ -72,6 +72,10 @@ class GPT2Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self._encoding.decode(list(ids))
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        return self._encoding.decode_single_token_bytes(token)
+
 
 @functools.cache
 def gpt2_tokenizer() -> GPT2Tokenizer:

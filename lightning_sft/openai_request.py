@@ -1,0 +1,346 @@
+"""OpenAI's API, the way in: a JSON body → a checked `Ask`, or an error in the API's own shape.
+
+Whatever a client asks for is done or refused by name, never dropped: unknown fields and values that
+this server cannot honour end in status 400. `null`, and values that ask for nothing (`n: 1`,
+`logit_bias: {}`), count as absent. A conversation becomes one prompt by `render`.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_sft.entries import Entry
+from lightning_sft.prompts import PromptStyle
+
+MAX_STOPS = 4
+MAX_SEED = 2**63 - 1
+# Fields that change nothing here, whatever they hold: they are notes to the service.
+NOTES = {"user", "metadata", "safety_identifier", "prompt_cache_key", "store", "service_tier"}
+# Fields that are refused unless they ask for what is done anyway.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+SHARED = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream"}
+SHARED |= {"stream_options", "logprobs"}
+CHAT = SHARED | {"messages", "input", "max_completion_tokens", "top_logprobs"}
+COMPLETION = SHARED | {"prompt"}
+
+
+class ApiError(Exception):
+    """An error as OpenAI's clients know it.
+
+    Args:
+        status: Of HTTP.
+        param: The field at fault.
+        code: A word for programs.
+        retry_after: Seconds after which the same request may succeed.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`{"error": {message, type, param, code}}`."""
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": str(self), "type": kinds.get(self.status, fallback)}
+        return {"error": error | {"param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a client wants.
+
+    Args:
+        prompts: Texts, or token ids; one answer each.
+        chat: Answered as a message, with the style's header and closing mark taken off.
+        seed: None for one of the server's choice.
+        top_logprobs: None where log-probabilities are not wanted.
+    """
+
+    model: str
+    prompts: list[str | list[int]]
+    chat: bool
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    stop: list[str]
+    stream: bool
+    include_usage: bool
+    top_logprobs: int | None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What `read_ask` needs to know of the server: models with their styles, defaults, limits."""
+
+    styles: Mapping[str, PromptStyle]
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    max_tokens: int
+    max_prompts: int
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A request's body.
+
+    Raises:
+        ApiError: It is no JSON object.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "The body is not valid JSON.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def read_ask(body: dict[str, Any], rules: Rules, chat: bool) -> Ask:
+    """Check the body of `/v1/chat/completions` (chat) or of `/v1/completions`.
+
+    Raises:
+        ApiError: 400 or 404, naming the field.
+    """
+    _refuse_unknown(body, CHAT if chat else COMPLETION)
+    model = find_model(body, rules.styles)
+    prompts: list[str | list[int]]
+    prompts = [render(body, rules.styles[model])] if chat else _read_prompts(body, rules)
+    stream = _boolean(body, "stream")
+    options = body.get("stream_options", {})
+    if "stream_options" in body and not stream:
+        raise _bad("stream_options", "is only allowed with stream: true")
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
+        raise _bad("stream_options", "must be an object with include_usage")
+    top_p = _number(body, "top_p", 0.0, 1.0, rules.top_p)
+    if top_p == 0.0:  # some clients say so and mean greedy
+        top_p = 1e-9
+    limit = _integer(body, "max_tokens", 1, rules.max_tokens, None)
+    if chat:
+        newer = _integer(body, "max_completion_tokens", 1, rules.max_tokens, None)
+        if limit and newer and limit != newer:
+            raise _bad("max_tokens", "and max_completion_tokens differ; give one of them")
+        limit = newer or limit
+    return Ask(
+        model=model,
+        prompts=prompts,
+        chat=chat,
+        max_tokens=limit or min(rules.max_new_tokens, rules.max_tokens),
+        temperature=_number(body, "temperature", 0.0, 2.0, rules.temperature) or 0.0,
+        top_k=_integer(body, "top_k", 1, None, rules.top_k),
+        top_p=top_p,
+        seed=_integer(body, "seed", -MAX_SEED, MAX_SEED, rules.seed),
+        stop=_read_stop(body),
+        stream=stream,
+        include_usage=_boolean(options, "include_usage"),
+        top_logprobs=_read_logprobs(body, chat),
+    )
+
+
+def find_model(body: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    """The model asked for; the first where none is named.
+
+    Raises:
+        ApiError: 404 for a model that is not served.
+    """
+    name = body.get("model", next(iter(names)))
+    if not isinstance(name, str) or name not in names:
+        message = f"The model {name!r:.100} is not served here; allowed: {', '.join(names)}."
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return name
+
+
+def render(body: Mapping[str, Any], style: PromptStyle) -> str:
+    """A conversation as the prompt that the model is given.
+
+    The model was trained on single questions. The last message, a user's, is the instruction, and
+    the field `input` its input, laid out exactly as in training. A system (or developer) message
+    comes first and is put in front of the first instruction, an empty line between. Earlier
+    questions and answers stand before, each laid out as one training text, with an empty line
+    behind it (a line break for a style with a closing mark, as ChatML).
+
+    Raises:
+        ApiError: The messages are not in that order, or not text.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _bad("messages", "must be a list with at least one message")
+    turns = [_read_message(message, place) for place, message in enumerate(messages)]
+    system = ""
+    if turns[0][0] in ("system", "developer"):
+        system = turns.pop(0)[1]
+    expected = ["assistant" if place % 2 else "user" for place in range(len(turns))]
+    if [role for role, _ in turns] != expected or len(turns) % 2 == 0:
+        raise _bad(
+            "messages",
+            "must be at most one system message, then user and assistant in turn, a user's last",
+        )
+    given = body.get("input", "")
+    if not isinstance(given, str):
+        raise _bad("input", "must be a string")
+    texts = [text for _, text in turns]
+    if system:
+        texts[0] = f"{system}\n\n{texts[0]}"
+    earlier = "".join(
+        "".join(style.split(Entry(question, "", answer))) + ("\n" if style.end else "\n\n")
+        for question, answer in zip(texts[0:-1:2], texts[1::2], strict=True)
+    )
+    return earlier + style.prompt(Entry(texts[-1], given, ""))
+
+
+def _read_message(message: Any, place: int) -> tuple[str, str]:
+    """Role and text; a list of text parts is joined."""
+    name = f"messages[{place}]"
+    if not isinstance(message, dict):
+        raise _bad(name, "must be an object with role and content")
+    extra = {key for key, value in message.items() if value not in (None, [], {})}
+    if extra - {"role", "content"}:
+        raise _bad(f"{name}.{min(extra - {'role', 'content'}):.100}", "is not supported here")
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise _bad(f"{name}.role", "must be system, developer, user or assistant")
+    if isinstance(content, list):
+        if not all(
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            raise _bad(f"{name}.content", "may hold parts of type text only")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise _bad(f"{name}.content", "must be a string or a list of text parts")
+    if role == "user" and not content.strip():
+        raise _bad(f"{name}.content", "is empty")
+    return role, content
+
+
+def _read_prompts(body: Mapping[str, Any], rules: Rules) -> list[str | list[int]]:
+    """A text, token ids, or a list of either."""
+    given = body.get("prompt")
+    prompts = given if isinstance(given, list) and not _is_ids(given) else [given]
+    if not prompts or not all(isinstance(p, str) or _is_ids(p) for p in prompts):
+        raise _bad("prompt", "must be a text, a list of token ids, or a list of texts or of these")
+    if "" in prompts:
+        raise _bad("prompt", "is empty")
+    if len(prompts) > rules.max_prompts:
+        raise _bad("prompt", f"holds {len(prompts)} prompts; at most {rules.max_prompts}")
+    return list(prompts)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _read_stop(body: Mapping[str, Any]) -> list[str]:
+    stop = body.get("stop", [])
+    stops: Sequence[Any] = [stop] if isinstance(stop, str) else stop
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MAX_STOPS
+        or not all(isinstance(item, str) and 0 < len(item) <= 1000 for item in stops)
+    ):
+        raise _bad("stop", f"must be a text or a list of at most {MAX_STOPS} texts, none empty")
+    return stops
+
+
+def _read_logprobs(body: Mapping[str, Any], chat: bool) -> int | None:
+    """Alternatives per token: chat's two fields, or the completions' one."""
+    if not chat:
+        return _integer(body, "logprobs", 0, 5, None)
+    wanted = _boolean(body, "logprobs")
+    top = _integer(body, "top_logprobs", 0, 20, None)
+    if top is not None and not wanted:
+        raise _bad("top_logprobs", "is only allowed with logprobs: true")
+    return (top or 0) if wanted else None
+
+
+def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in body.items():
+        if name in known or name in NOTES:
+            continue
+        if name not in NEUTRAL:
+            message = f"Unknown field {name!r:.100}; allowed: {', '.join(sorted(known))}."
+            raise ApiError(400, message, param=name[:100], code="unknown_parameter")
+        if not any(type(value) is type(same) and value == same for same in NEUTRAL[name]) and not (
+            isinstance(value, float) and value == 0.0 and 0 in NEUTRAL[name]
+        ):
+            allowed = " or ".join(json.dumps(same) for same in NEUTRAL[name]) or "nothing"
+            message = f"{name} is not supported here; allowed: {allowed}."
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+
+
+def _boolean(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise _bad(name, "must be true or false")
+    return value
+
+
+def _integer(
+    body: Mapping[str, Any], name: str, low: int, high: int | None, default: int | None
+) -> int | None:
+    value = body.get(name, default)
+    if value is default:
+        return default
+    if type(value) is not int or value < low or (high is not None and value > high):
+        limits = f"from {low} to {high}" if high is not None else f">= {low}"
+        raise _bad(name, f"must be an integer {limits}")
+    return value
+
+
+def _number(
+    body: Mapping[str, Any], name: str, low: float, high: float, default: float | None
+) -> float | None:
+    value = body.get(name, default)
+    if value is default:
+        return default
+    if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
+        raise _bad(name, f"must be a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _bad(param: str, problem: str) -> ApiError:
+    return ApiError(400, f"{param} {problem}.", param=param, code="invalid_value")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(name)
