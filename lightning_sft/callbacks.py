@@ -25,6 +25,7 @@ from lightning_sft.generation import evaluating
 from lightning_sft.module import SFTModule
 from lightning_sft.plots import plot_loss_curve
 from lightning_sft.run_folder import folder_of
+from lightning_sft.sharding import gather_model, is_sharded
 
 
 class SampleResponses(L.Callback):
@@ -59,10 +60,11 @@ class SampleResponses(L.Callback):
         chosen = [entries[index] for index in self.indices]
         prompts = [module.tokenizer.encode(module.style.prompt(entry)) for entry in chosen]
         answers = [""] * len(chosen)
-        # One rank answers while the others wait; a sharded model needs all of them to compute.
-        if trainer.is_global_zero or _is_sharded(trainer):
+        # One rank answers while the others wait; of a sharded model it gets a whole copy.
+        model = gather_model(trainer, module.config) if is_sharded(trainer) else module.network
+        if model is not None:
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                answers = module.answer(prompts)
+                answers = module.answer(prompts, model)
         if trainer.is_global_zero:
             for index, entry, answer in zip(self.indices, chosen, answers, strict=True):
                 self._write(trainer, epoch, index, entry, answer)
@@ -229,10 +231,6 @@ def _ours(
     if not isinstance(pl_module, SFTModule) or not isinstance(data, InstructionDataModule):
         raise InputError("these callbacks need an SFTModule and an InstructionDataModule")
     return pl_module, data
-
-
-def _is_sharded(trainer: L.Trainer) -> bool:
-    return type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
 
 
 def _say(trainer: L.Trainer, text: str) -> None:

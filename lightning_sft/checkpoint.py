@@ -24,6 +24,7 @@ from lightning_sft.lora import merged_copy
 from lightning_sft.model import ARCHITECTURES, MODEL_SIZES, GPTConfig
 from lightning_sft.module import SFTModule
 from lightning_sft.run_folder import folder_of, version_numbers
+from lightning_sft.sharding import gather_model, is_sharded
 from lightning_sft.weights import book_state_dict
 
 VERSION_KEY = "pytorch-lightning_version"
@@ -284,10 +285,12 @@ class FinalWeights(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         run = folder_of(trainer)
         assert isinstance(pl_module, SFTModule)
-        if run is not None and trainer.is_global_zero:
+        sharded = is_sharded(trainer)
+        model = gather_model(trainer, pl_module.config) if sharded else pl_module.network
+        if run is not None and trainer.is_global_zero and model is not None:
             path = run / f"{model_name(pl_module.config)}-sft.pth"
             with files.atomic_write(path, "wb") as file:
-                _Hashed(file).save(book_state_dict(merged_copy(pl_module.network)))
+                _Hashed(file).save(book_state_dict(merged_copy(model)))
             print(f"model saved as {path}")
 
 

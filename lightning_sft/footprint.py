@@ -11,14 +11,16 @@ in B rows of width W:
                  wide each, the two sides of GELU. A packed batch keeps query, key, value and
                  attention's result for all B·W places and one more per computed token; dropout adds
                  masks, and attention weights where it rules out the fused kernel
-    head         two chunks of logits, and the gradient of the head while chunks are added to it
+    head         a chunk of logits, and the gradient of the head while chunks are added to it
 
 With LoRA only adapters count as trained; each adds `rank` numbers per token to the activations, and
 a frozen layer without one does not keep its input.
 
 They are added up although they do not all peak at the same moment, so the sum errs on the safe
 side. With `bf16-mixed` a block's activations count two thirds and bfloat16 copies of the weights
-are added; `-true` precisions halve everything. Sharded strategies are not modelled.
+are added; `-true` precisions halve everything but the exact softmax. With activation checkpointing
+one block's activations count and the inputs of all. A sharded strategy divides weights, gradients
+and optimizer state among the devices; what is gathered at one time comes on top.
 """
 
 from __future__ import annotations
@@ -57,9 +59,17 @@ class Memory:
 
 
 def estimate_memory(
-    module: SFTModule, batch: BatchShape, precision: str = "32-true", devices: int = 1
+    module: SFTModule,
+    batch: BatchShape,
+    precision: str = "32-true",
+    devices: int = 1,
+    sharded: bool = False,
 ) -> Memory:
-    """Bytes of one training step on one device, by the module docstring's formulas."""
+    """Bytes of one training step on one device, by the module docstring's formulas.
+
+    Args:
+        sharded: The model is divided among the devices; otherwise each has a copy.
+    """
     total, trained = count_parameters(module)
     config, packed = module.config, batch.tokens != batch.rows * batch.width
     places, tokens = batch.rows * batch.width, batch.tokens
@@ -73,17 +83,27 @@ def estimate_memory(
     if config.drop_rate > 0:
         dropout = 2.0 * tokens * config.emb_dim + 12.0 * places * config.n_heads * batch.width
     stream = 3.0 * tokens * config.emb_dim * 4  # before and behind the blocks
+    if module.activation_checkpointing:  # each block's input, and one block in full
+        stream += blocks * tokens * config.emb_dim * 4.0
+        blocks = min(blocks, 1)
     activations = blocks * (per_block + dropout) + stream
     mixed = blocks * (MIXED_SHARE * per_block + dropout) + stream
     head_trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
-    head = 2 * min(CHUNK_SIZE, tokens) * config.vocab_size * 4 + head_trained * 4
+    head = min(CHUNK_SIZE, tokens) * config.vocab_size * 4.0 + head_trained * 4
     weights = 4.0 * total
-    gradients = 4.0 * trained * (2 if devices > 1 else 1)
+    gradients = 4.0 * trained * (2 if devices > 1 and not sharded else 1)
     optimizer = trained * measure_optimizer(module)
+    if sharded:
+        in_blocks = sum(p.numel() for p in model.trf_blocks.parameters())
+        # Gathered at once: what is outside of the blocks, and one of them.
+        whole = 4.0 * (total - in_blocks + in_blocks / config.n_layers)
+        weights, gradients = weights / devices + whole, gradients / devices + whole
+        optimizer /= devices
     if "true" in precision and "16" in precision:
-        return Memory(weights / 2, gradients / 2, optimizer / 2, activations / 2, head / 2)
+        return Memory(weights / 2, gradients / 2, optimizer / 2, activations / 2, head)
     if "16" in precision:
-        return Memory(1.5 * weights, gradients, optimizer, mixed, head)
+        # Half-precision products of the head beside the exact softmax.
+        return Memory(1.5 * weights, gradients, optimizer, mixed, 2 * head)
     if "64" in precision:
         return Memory(2 * weights, 2 * gradients, 2 * optimizer, 2 * activations, 2 * head)
     return Memory(weights, gradients, optimizer, activations, head)

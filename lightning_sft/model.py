@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_sft.errors import InputError
 
@@ -311,6 +312,7 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # forget what blocks computed, and compute it again in backward
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
@@ -406,7 +408,10 @@ class GPTModel(nn.Module):
         mask = cache.mask(num_tokens) if cache is not None else None
         x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb(positions))
         for layer, block in enumerate(self.trf_blocks):
-            x = block(x, layout, cache, layer, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout, cache, layer, mask, use_reentrant=False)
+            else:
+                x = block(x, layout, cache, layer, mask)
         if cache is not None:
             cache.advance(num_tokens if row_lengths is None else row_lengths, num_tokens)
         return self.final_norm(x)

@@ -31,6 +31,7 @@ from lightning_sft.lora_checkpoint import check_adapters, identify_base
 from lightning_sft.loss import IGNORE_INDEX, sum_cross_entropy
 from lightning_sft.model import GPTConfig, GPTModel, PackedLayout, get_config
 from lightning_sft.prompts import PromptStyle, get_style
+from lightning_sft.sharding import shard
 from lightning_sft.tokenizer import Tokenizer, gpt2_tokenizer
 from lightning_sft.weight_files import locate
 from lightning_sft.weights import load_weights
@@ -47,6 +48,8 @@ class SFTModule(L.LightningModule):
         optimizer: Any of `torch.optim`; fused where the device has it.
         lr_scheduler: Any of `torch.optim.lr_scheduler`, or `lightning_sft.WarmupCosine`. Stepped
             after every optimizer step (`ReduceLROnPlateau`: after every validation).
+        activation_checkpointing: Keep only each block's input and compute the rest again in the
+            backward pass: a third more work, a fraction of the activations' memory.
         prompt_style, header_in_prompt: As in the data; the checkpoint keeps them, so that answers
             are asked for as they were trained.
         max_length: The data's; checked against the model's context.
@@ -64,6 +67,7 @@ class SFTModule(L.LightningModule):
         ),
         lr_scheduler: LRSchedulerCallable | None = None,
         *,
+        activation_checkpointing: bool = False,
         prompt_style: str | dict[str, str] = "alpaca",
         header_in_prompt: bool = True,
         max_length: int | None = None,
@@ -73,6 +77,7 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.config: GPTConfig = get_config(architecture)
         self.weights, self.seed = weights, seed
+        self.activation_checkpointing = activation_checkpointing
         if isinstance(lora, Mapping):  # from a checkpoint's hyperparameters
             lora = LoRAConfig(**lora)
         if lora is not None:
@@ -133,7 +138,9 @@ class SFTModule(L.LightningModule):
         if self.lora is not None:
             add_lora(model, self.lora, self.seed)
             self.base = identify_base(model)
-        self.model = model
+        model.recompute = self.activation_checkpointing
+        mesh = self.device_mesh  # of a sharded strategy
+        self.model = model if mesh is None else shard(model, mesh)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of token ids (B, T)."""
@@ -241,10 +248,15 @@ class SFTModule(L.LightningModule):
         responses = self.answer([batch["prompts"][place] for place in wanted])
         return {"index": [batch["index"][place] for place in wanted], "responses": responses}
 
-    def answer(self, prompts: list[list[int]]) -> list[str]:
-        """The texts that the model answers to prompts of token ids, without headers."""
+    def answer(self, prompts: list[list[int]], model: GPTModel | None = None) -> list[str]:
+        """The texts that the model answers to prompts of token ids, without headers.
+
+        Args:
+            model: Answers instead of the module's own, which may be sharded.
+        """
+        model = model or self.network
         settings = dataclasses.asdict(self.generation)
-        answers = generate(self.network, prompts, **settings, on_answer=self.on_answer)
+        answers = generate(model, prompts, **settings, on_answer=self.on_answer)
         return [self.style.extract(self.tokenizer.decode(ids)) for ids in answers]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -303,7 +315,7 @@ class SFTModule(L.LightningModule):
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         if self.lora is not None:
             check_adapters(self.network, checkpoint, self.weights)
-        elif any(map(is_adapter, checkpoint["state_dict"])):
+        elif any(map(is_adapter, checkpoint.get("state_dict", ()))):  # none: a shard is loaded
             raise InputError("ckpt_path: holds LoRA adapters; add model.lora as it was trained")
 
 

@@ -35,6 +35,7 @@ class Outlook:
 
     def __init__(self, data: InstructionDataModule, devices: int, trainer: Any) -> None:
         self.data, self.devices = data, devices
+        self.sharded = trainer.strategy == "sharded"
         self.accumulate = trainer.accumulate_grad_batches
         if self.accumulate < 1:
             raise InputError("trainer.accumulate_grad_batches must be >= 1")

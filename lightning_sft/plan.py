@@ -116,7 +116,7 @@ def plan(arguments: list[str]) -> int:
     budget = budget * GB if budget is not None else free_memory(device or torch.device("cpu"))
     devices, precision = count_devices(trainer), str(trainer.precision or "32-true")
     outlook = Outlook(data, devices, trainer)
-    estimate = estimate_memory(module, outlook.longest, precision, devices)
+    estimate = estimate_memory(module, outlook.longest, precision, devices, outlook.sharded)
     _print_plan(module, outlook, estimate, budget)
     if estimate.total > budget:
         raise IncompleteError(_explain_misfit(module, outlook, estimate, budget, precision))
@@ -136,7 +136,8 @@ def suggest_batch(
     for size in range(wanted - 1, 0, -1):
         if wanted % size == 0:
             shape = outlook.longest_of(size)
-            if estimate_memory(module, shape, precision, outlook.devices).total <= budget:
+            needed = estimate_memory(module, shape, precision, outlook.devices, outlook.sharded)
+            if needed.total <= budget:
                 return size, outlook.accumulate * (wanted // size)
     return None
 

@@ -38,6 +38,7 @@ from lightning_sft.checkpoint import (
 from lightning_sft.cli import explain, option_names
 from lightning_sft.config_files import read_config
 from lightning_sft.data import InstructionDataModule
+from lightning_sft.device_check import DeviceCheck
 from lightning_sft.errors import InputError, LightningSFTError
 from lightning_sft.generation import GenerationConfig
 from lightning_sft.model import get_config
@@ -108,6 +109,12 @@ class SFTCLI(LightningCLI):
         parser.add_lightning_class_args(SampleResponses, "samples")
         parser.add_lightning_class_args(LossCurve, "loss_curve")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_argument(
+            "--check_device",
+            type=bool,
+            default=True,
+            help="compare a GPU's first logits with the CPU's, and refuse a device that is wrong",
+        )
         for source, target in (
             ("data.prompt_style", "model.prompt_style"),
             ("data.header_in_prompt", "model.header_in_prompt"),
@@ -156,6 +163,8 @@ class SFTCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
         callbacks: list[Any] = []
+        if self._get(self.config, "check_device"):
+            callbacks.append(DeviceCheck())
         if self.checkpoint is not None and self.model.lora is None:
             # It holds all weights: those that training began with need not be there any more.
             self.model.weights = None

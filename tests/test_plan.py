@@ -168,13 +168,13 @@ def test_advice_makes_the_same_steps(tmp_path: Path, capsys: pytest.CaptureFixtu
     """The pair that fits is obeyed, and the losses are those of the batch that did not fit."""
     quick = {"loss_curve__every_n_steps": 0, "samples__indices": [], "trainer__max_epochs": 1}
     config = write_config(tmp_path, data__batch_size=8, trainer__limit_val_batches=0, **quick)
-    assert run("plan", "--config", config, "--memory_gb", "0.2") == 4
+    assert run("plan", "--config", config, "--memory_gb", "0.108") == 4
     err = capsys.readouterr().err
     advice = re.search(r"(--data.batch_size 4) (--trainer.accumulate_grad_batches 2)", err)
     assert advice is not None, err
     options = f"{advice[1]} {advice[2]}".split()
     assert (
-        run("plan", "--config", config, "--memory_gb", "0.2", "--probe_steps", "0", *options) == 0
+        run("plan", "--config", config, "--memory_gb", "0.108", "--probe_steps", "0", *options) == 0
     )
     assert run("fit", "--config", config) == 0
     assert run("fit", "--config", config, *options) == 0
