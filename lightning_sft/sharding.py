@@ -2,9 +2,9 @@
 
 `ShardedStrategy`, `sharded` in a configuration, is fully sharded data parallelism (FSDP2): every
 device holds a slice of each block's weights, gradients and optimizer state, gathers a block's
-weights when it computes with them, and sees its own rows. Embeddings, final norm and head are one unit of their own, so a head
-that is tied to the embedding stays tied. Checkpoints are single files of whole tensors, which load
-on one device, and on another number of devices as `model.weights`.
+weights when it computes with them, and sees its own rows. Embeddings, final norm and head are one
+unit of their own, so a head that is tied to the embedding stays tied. Checkpoints are single files
+of whole tensors, which load on one device, and on another number of devices as `model.weights`.
 
     python -m lightning_sft fit --config gpt2-xl.yaml --config fsdp.yaml
 

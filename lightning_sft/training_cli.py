@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -39,7 +40,7 @@ from lightning_sft.cli import explain, option_names
 from lightning_sft.config_files import read_config
 from lightning_sft.data import InstructionDataModule
 from lightning_sft.device_check import DeviceCheck
-from lightning_sft.errors import InputError, LightningSFTError
+from lightning_sft.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.generation import GenerationConfig
 from lightning_sft.model import get_config
 from lightning_sft.module import SFTModule
@@ -65,6 +66,8 @@ ALLOWED_CLASSES = [
     "lightning.pytorch.strategies",
     "torch.optim",
 ]
+# How gloo and NCCL say that a process they talk to has died.
+LOST_PEER = "Connection (closed|reset) by peer|Connection refused|NCCL error|Broken pipe|timed out"
 RUN_FOLDER_VARIABLE = "LIGHTNING_SFT_RUN_FOLDER"  # how a rank's child processes learn the folder
 
 
@@ -304,6 +307,14 @@ def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
             )
     except MisconfigurationException as error:
         raise InputError(f"{subcommand}: {explain(str(error))}") from None
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized() or not re.search(LOST_PEER, str(error)):
+            raise
+        reason = " ".join(str(error).split())[-150:]
+        raise ServiceError(
+            f"{subcommand}: another process of this run is gone ({reason}); its own output says "
+            "why; go on with --ckpt_path last"
+        ) from error
     finally:
         sys.argv = own_arguments
         if known is None:
