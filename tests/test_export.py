@@ -629,6 +629,8 @@ def test_nothing_private_goes_into_the_card(tmp_path):
         "trainer": {"max_epochs": 2, "max_steps": -1, "logger": None},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_origin(str(tmp_path / "gpt2-small")).config == {}  # beside a config, but no file
+    (tmp_path / "gpt2-small124M-sft.pth").touch()
     origin = read_origin(str(tmp_path / "gpt2-small124M-sft.pth"))
     said = repr((origin.settings(), origin.data))
     assert str(tmp_path) not in said
