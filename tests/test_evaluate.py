@@ -265,7 +265,7 @@ def test_alpaca_eval_file(tmp_path, capsys):
     folder.mkdir(parents=True)
     answers = [
         {"instruction": "Say it.", "input": "", "output": "It.", "model_response": "It!"},
-        {"instruction": "Rewrite.", "input": "She é", "output": "He", "model_response": ""},
+        {"instruction": "Rewrite.", "input": "She é", "output": "", "model_response": ""},
     ]
     (folder / "instruction-data-with-response.json").write_text(json.dumps(answers))
     assert run("evaluate", "--alpaca_eval", folder) == 0
@@ -277,3 +277,6 @@ def test_alpaca_eval_file(tmp_path, capsys):
     assert json.loads((tmp_path / "out.json").read_text())[0]["generator"] == "other"
     with pytest.raises(InputError, match="no such file"):
         write_alpaca_eval(tmp_path, None, None)
+    (tmp_path / "some.json").write_text(json.dumps([*answers, {"instruction": "x", "output": "y"}]))
+    with pytest.raises(InputError, match="entry 2: 'model_response' is missing"):
+        write_alpaca_eval(tmp_path / "some.json", None, None)
