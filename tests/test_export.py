@@ -503,7 +503,7 @@ def test_a_near_tie_is_no_difference_and_a_small_shift_is_one(make_model):
 # --- The folder ---
 
 
-def test_an_older_export_is_replaced_and_nothing_else(trained, tmp_path, capsys):
+def test_an_older_export_is_replaced_and_nothing_else(trained, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert export_to(out, trained, "--format", "pth") == 0
     assert export_to(out, trained, "--format", "gguf") == 0
@@ -520,6 +520,11 @@ def test_an_older_export_is_replaced_and_nothing_else(trained, tmp_path, capsys)
     assert "is not a folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert export_to(tmp_path / "empty", trained, "--format", "pth") == 0
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        assert export_to(Path(), trained, "--format", "pth") == 2
+    assert "is the working directory" in capsys.readouterr().err
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "export.json").write_text("[]")
     with pytest.raises(InputError, match=r"holds export\.json"):
