@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft import files
+from lightning_sft.entries import read_entries, read_records
 from lightning_sft.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.evaluation_file import EVALUATION_NAME, merge
-from lightning_sft.responses import read_responses, responses_path
+from lightning_sft.responses import responses_path
 
 ALPACA_EVAL_NAME = "alpaca-eval.json"
 # Who fails when a task's data cannot be had; lm-eval hands their errors on as they are.
@@ -57,7 +58,8 @@ def evaluate(
         batch_size: Requests computed side by side.
         apply_chat_template: Ask in the model's prompt style instead of as plain text.
         include_path: A folder with tasks of your own. Their files may hold code, which is run.
-        output: The file for the results; evaluation.json in the run folder by default.
+        output: The file for the results; by default evaluation.json in the run folder, or in the
+            working directory for a model without one.
         device: auto, cpu, cuda or mps.
         architecture: For weights that do not say it themselves.
         prompt_style: For weights away from their run folder; alpaca by default.
@@ -149,19 +151,29 @@ def result_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 def write_alpaca_eval(source: Path, generator: str | None, output: Path | None) -> None:
     """Write a responses file as AlpacaEval reads it: instruction, output, generator.
 
-    AlpacaEval's questions have no input; one that is there goes behind its instruction.
+    AlpacaEval's questions have no input; one that is there goes behind its instruction. Wanted
+    outputs may be missing, as AlpacaEval compares with another model's.
+
+    Raises:
+        InputError: The file is missing, or an answer is.
     """
     path = responses_path(source)
-    responses = read_responses(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; `lightning_sft predict` writes responses")
+    entries = read_entries(path, require_output=False)
+    answers = [record.get("model_response") for record in read_records(path)]
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise InputError(f"{path}: entry {index}: 'model_response' is missing or no text")
     folder = path.resolve().parent
     name = generator or (folder.parent.name if folder.name.startswith("version_") else folder.name)
     records = [
         {
-            "instruction": "\n\n".join(filter(None, (r.entry.instruction, r.entry.input))),
-            "output": r.text,
+            "instruction": "\n\n".join(filter(None, (entry.instruction, entry.input))),
+            "output": answer,
             "generator": name,
         }
-        for r in responses
+        for entry, answer in zip(entries, answers, strict=True)
     ]
     target = Path(output or path.parent / ALPACA_EVAL_NAME).expanduser()
     files.write_json(target, records)

@@ -66,7 +66,7 @@ def export(
         InputError: No such model, or `out` holds something else.
         ServiceError: The disk failed, or the export is not the model it was made from.
     """
-    out = Path(out).expanduser()
+    out = Path(out).expanduser().resolve()
     check_target(out)
     if format == "gguf":
         load_gguf()  # not after a minute's work
@@ -98,6 +98,8 @@ def check_target(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError(f"out: {out} is not a folder")
+    if out == Path.cwd():
+        raise InputError(f"out: {out} is the working directory, which cannot be replaced")
     found = {path.name for path in out.iterdir()}
     try:
         known = {MARK, *json.loads((out / MARK).read_text("utf-8"))["files"]}

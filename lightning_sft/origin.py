@@ -96,6 +96,8 @@ def read_origin(path: str) -> Origin:
 
 def run_folder(path: Path) -> Path | None:
     """The run folder that a checkpoint or weights file is in."""
+    if not path.is_file():  # a name of the hub, or a folder of somebody else's
+        return None
     around = (path.parent, path.parent.parent) if path.suffix == ".ckpt" else (path.parent,)
     return next((folder for folder in around if (folder / "config.yaml").is_file()), None)
 

@@ -29,7 +29,7 @@ COLOURS = ["red", "green", "dark blue", "a colour that nobody has a name for"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    config = write_config(folder, model__optimizer__init_args={"lr": 1e-2})
+    config = write_config(folder, model__optimizer__init_args={"lr": 2e-2}, trainer__max_epochs=1)
     assert run("fit", "--config", config) == 0
     return newest_checkpoint(folder / "runs" / "tiny" / "version_0")
 
@@ -199,14 +199,14 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
 # --- Without lm-eval ---
 
 
-def test_without_lm_eval_it_is_said_what_to_install(checkpoint, monkeypatch, capsys):
+def test_without_lm_eval_it_is_said_what_to_install(monkeypatch, capsys):
     right = importlib.util.find_spec
     monkeypatch.setattr(
         evaluate_module.importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "lm_eval" else right(name, *rest),
     )
-    assert run("evaluate", "--ckpt_path", checkpoint, "--tasks", "arc_easy") == 2
+    assert run("evaluate", "--ckpt_path", "any.ckpt", "--tasks", "arc_easy") == 2
     assert 'pip install "lightning-sft[eval]"' in capsys.readouterr().err
 
 
@@ -265,7 +265,7 @@ def test_alpaca_eval_file(tmp_path, capsys):
     folder.mkdir(parents=True)
     answers = [
         {"instruction": "Say it.", "input": "", "output": "It.", "model_response": "It!"},
-        {"instruction": "Rewrite.", "input": "She é", "output": "He", "model_response": ""},
+        {"instruction": "Rewrite.", "input": "She é", "output": "", "model_response": ""},
     ]
     (folder / "instruction-data-with-response.json").write_text(json.dumps(answers))
     assert run("evaluate", "--alpaca_eval", folder) == 0
@@ -277,3 +277,6 @@ def test_alpaca_eval_file(tmp_path, capsys):
     assert json.loads((tmp_path / "out.json").read_text())[0]["generator"] == "other"
     with pytest.raises(InputError, match="no such file"):
         write_alpaca_eval(tmp_path, None, None)
+    (tmp_path / "some.json").write_text(json.dumps([*answers, {"instruction": "x", "output": "y"}]))
+    with pytest.raises(InputError, match="entry 2: 'model_response' is missing"):
+        write_alpaca_eval(tmp_path / "some.json", None, None)

@@ -54,7 +54,7 @@ WORDS = GPTConfig(context_length=64, emb_dim=32, n_heads=4, n_layers=2)  # GPT-2
 def trained(tmp_path_factory) -> Path:
     """The checkpoint of a real, short run whose head has learnt away from its embedding."""
     folder = tmp_path_factory.mktemp("trained")
-    config = write_config(folder, model__optimizer__init_args={"lr": 1e-2})
+    config = write_config(folder, model__optimizer__init_args={"lr": 2e-2}, trainer__max_epochs=1)
     assert run("fit", "--config", config) == 0
     return newest_checkpoint(folder / "runs" / "tiny" / "version_0")
 
@@ -503,7 +503,7 @@ def test_a_near_tie_is_no_difference_and_a_small_shift_is_one(make_model):
 # --- The folder ---
 
 
-def test_an_older_export_is_replaced_and_nothing_else(trained, tmp_path, capsys):
+def test_an_older_export_is_replaced_and_nothing_else(trained, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert export_to(out, trained, "--format", "pth") == 0
     assert export_to(out, trained, "--format", "gguf") == 0
@@ -520,6 +520,11 @@ def test_an_older_export_is_replaced_and_nothing_else(trained, tmp_path, capsys)
     assert "is not a folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert export_to(tmp_path / "empty", trained, "--format", "pth") == 0
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        assert export_to(Path(), trained, "--format", "pth") == 2
+    assert "is the working directory" in capsys.readouterr().err
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "export.json").write_text("[]")
     with pytest.raises(InputError, match=r"holds export\.json"):
@@ -601,7 +606,7 @@ def test_card_says_where_the_model_comes_from(trained, hf_folder):
     sidecar = json.loads(Path(f"{trained}.json").read_text())
     assert f"| val_loss | {sidecar['val_loss']:.4f} |" in text
     assert f"| optimizer steps | {sidecar['step']} |" in text
-    assert "| epochs | 2 |" in text
+    assert "| epochs | 1 |" in text
     data = trained.parents[4] / "data.json"
     assert f"| data.json | {export_module.files.sha256_of(data)} |" in text
     assert (
@@ -629,6 +634,8 @@ def test_nothing_private_goes_into_the_card(tmp_path):
         "trainer": {"max_epochs": 2, "max_steps": -1, "logger": None},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_origin(str(tmp_path / "gpt2-small")).config == {}  # beside a config, but no file
+    (tmp_path / "gpt2-small124M-sft.pth").touch()
     origin = read_origin(str(tmp_path / "gpt2-small124M-sft.pth"))
     said = repr((origin.settings(), origin.data))
     assert str(tmp_path) not in said
