@@ -197,9 +197,11 @@ class Engine:
                 self._fail(lane, error)
 
     def _run(self) -> None:
-        while not (self.draining and not self.running and not self.waiting):
-            with self._changed:
+        while True:
+            with self._changed:  # so that no job slips in behind the last look
                 if not self.running and not self.waiting:
+                    if self.draining:
+                        return
                     self._changed.wait(0.2)  # a limit, as `drain` cannot notify
             self.turn()
 

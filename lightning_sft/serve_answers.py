@@ -7,6 +7,7 @@ string came, the reply is complete.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,9 @@ class Hub:
 
     def deliver(self, news: list[tuple[Job, News]]) -> None:
         """Called in the engine's thread, once a step."""
-        if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._hand_out, news)
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self.loop.call_soon_threadsafe(self._hand_out, news)
 
     def _hand_out(self, news: list[tuple[Job, News]]) -> None:
         for job, item in news:
@@ -155,7 +157,7 @@ class Stream(Response):
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
         patience = self.answering.service.limits.seconds + STALLED_SECONDS
-        stalled = loop.call_later(patience, task.cancel)
+        stalled = loop.call_later(patience, task.cancel, "stalled")
         self.answering.watch(receive)
         started = False
         try:
@@ -169,6 +171,9 @@ class Stream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError as reason:
+            if reason.args != ("stalled",):  # else uvicorn closes the connection
+                raise
         except ApiError as error:
             if not started:
                 await to_response(error)(scope, receive, send)

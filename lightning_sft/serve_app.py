@@ -208,7 +208,10 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, no such method."""
     assert isinstance(error, HTTPException)
-    reasons = {404: f"There is nothing at {request.url.path}.", 405: "Wrong method for this path."}
+    reasons = {
+        404: f"There is nothing at {request.url.path:.100}.",
+        405: "Wrong method for this path.",
+    }
     response = to_response(
         ApiError(error.status_code, reasons.get(error.status_code, error.detail))
     )

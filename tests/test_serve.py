@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,6 +29,7 @@ from lightning_sft.errors import InputError, ServiceError
 from lightning_sft.model import GPTModel
 from lightning_sft.prompts import get_style
 from lightning_sft.serve import TOKEN_VARIABLE, Answers, Limits, check_address, choose_names, listen
+from lightning_sft.serve_answers import Stream
 from lightning_sft.tokenizer import gpt2_tokenizer
 
 openai = pytest.importorskip("openai", reason="the official client is not installed")
@@ -598,6 +601,29 @@ def test_a_body_that_never_comes(served, monkeypatch):
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         link.sendall((head + "Content-Length: 100\r\n\r\n{").encode())
         assert b" 408 " in link.recv(1000)
+
+
+def test_a_client_that_does_not_read_is_given_up(monkeypatch):
+    """The stream alone, with a connection that never takes a byte."""
+    monkeypatch.setattr("lightning_sft.serve_answers.STALLED_SECONDS", 0.05)
+    closed: list[bool] = []
+    limits = SimpleNamespace(seconds=0.05)
+    answering: Any = SimpleNamespace(
+        service=SimpleNamespace(limits=limits),
+        watch=lambda receive: None,
+        close=lambda: closed.append(True),
+    )
+
+    async def endless(self: Any) -> AsyncIterator[bytes]:
+        while True:
+            yield b"data"
+
+    async def never(*arguments: Any) -> Any:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Stream, "_chunks", endless)
+    asyncio.run(asyncio.wait_for(Stream(answering)({"type": "http"}, never, never), 20))
+    assert closed == [True]
 
 
 # --- Leaving and ending ---
