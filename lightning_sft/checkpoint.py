@@ -66,7 +66,7 @@ class _Hashed:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def save(self, value: Any) -> None:
         """`torch.save`, with a full disk reported as what it is."""
@@ -76,10 +76,10 @@ class _Hashed:
             raise self.error or ServiceError("a checkpoint could not be written") from None
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
         try:
+            self.digest.update(data)
             return self.file.write(data)
-        except OSError as error:
+        except BaseException as error:  # a full disk, or a second Ctrl-C
             self.error = error  # torch turns it into a RuntimeError without a reason
             raise
 

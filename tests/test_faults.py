@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -13,9 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import load, newest_checkpoint, run, run_apart, spawn, write_config, write_data
 
-from lightning_sft.checkpoint import read_checkpoint
+from lightning_sft import files
+from lightning_sft.checkpoint import DurableCheckpointIO, read_checkpoint
+from lightning_sft.errors import InputError
 from lightning_sft.files import read_jsonl
 from lightning_sft.responses import RESPONSES_NAME
 from lightning_sft.verify_resume import compare_runs
@@ -95,6 +99,35 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert run("fit", "--config", config, "--ckpt_path", "last") == 0
     assert run("fit", "--config", config, "--run.name", "whole") == 0
     assert compare_runs(tmp_path / "runs/tiny/version_0", tmp_path / "runs/whole/version_0") == []
+
+
+@pytest.mark.parametrize("renamed", [True, False], ids=["renamed", "control"])
+def test_a_torn_checkpoint_never_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool
+) -> None:
+    """The control writes under the final name at once, as torch.save would."""
+    if not renamed:
+        monkeypatch.setattr(files, "atomic_write", lambda path, mode: path.open(mode))
+
+    class InterruptedDigest:
+        """The writing breaks off at the fourth piece."""
+
+        def __init__(self) -> None:
+            self.left = 3
+
+        def update(self, data: bytes) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(hashlib, "sha256", InterruptedDigest)
+    path = tmp_path / "step-000001.ckpt"
+    with pytest.raises(KeyboardInterrupt):
+        DurableCheckpointIO().save_checkpoint({"state_dict": {"a": torch.zeros(50_000)}}, path)
+    assert path.exists() is not renamed
+    if not renamed:
+        with pytest.raises(InputError, match="is not a checkpoint"):
+            read_checkpoint(path)
 
 
 def test_two_ranks_resume_to_the_bit(tmp_path: Path) -> None:
