@@ -62,7 +62,7 @@ def test_stopped_in_the_second_recipe_it_goes_on_there_and_ends_in_table_and_pag
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert [path.name for path in second.parent.iterdir()] == ["version_0"]
     for folder in (first, second):
-        assert read_metrics(folder, "step")[-1] == 17
+        assert read_metrics(folder, "step")[-1] == 16
 
     found = json.loads((study / "recipes.json").read_text())["recipes"]
     assert list(found) == ["baseline", "mask-prompt+lora"]
