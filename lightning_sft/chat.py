@@ -23,7 +23,7 @@ from lightning_sft.entries import Entry
 from lightning_sft.errors import InputError
 from lightning_sft.generation import GenerationConfig, decode
 from lightning_sft.lora import merge_lora
-from lightning_sft.lora_checkpoint import load_adapters
+from lightning_sft.lora_checkpoint import load_adapters, saved_config
 from lightning_sft.model import GPTModel, get_config
 from lightning_sft.module import SFTModule
 from lightning_sft.prompts import PromptStyle, get_style
@@ -91,7 +91,7 @@ def load_for_answers(
         hparams = checkpoint["hyper_parameters"]
         config = get_config(hparams["architecture"])
         style = get_style(hparams["prompt_style"], hparams["header_in_prompt"])
-        if hparams.get("lora"):
+        if saved_config(hparams) is not None:
             return _load_merged(checkpoint, weights).eval(), style
     else:
         run = _run_settings(Path(path))
@@ -114,9 +114,11 @@ def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:
     settings = checkpoint["hyper_parameters"]
     if weights is not None:
         settings = settings | {"weights": weights}
-    known = {key: settings[key] for key in ("architecture", "weights", "lora", "seed")}
-    module = SFTModule(**known)
-    load_adapters(module.network, checkpoint, settings["weights"])
+    base = settings.get("weights")
+    module = SFTModule(
+        settings["architecture"], base, saved_config(settings), seed=int(settings.get("seed", 0))
+    )
+    load_adapters(module.network, checkpoint, base)
     return merge_lora(module.network)
 
 

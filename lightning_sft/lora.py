@@ -6,7 +6,7 @@ new parameters are `lora_a` and `lora_b` beside them. Merging adds `(alpha / ran
 and leaves a plain `GPTModel`.
 
     >>> model = GPTModel.from_pretrained("gpt2-small")
-    >>> add_lora(model, LoRAConfig(rank=16, alpha=16))  # 2.6 of 166 million parameters train
+    >>> add_lora(model, LoRAConfig(rank=16, alpha=16))  # 3.5 of 166.5 million parameters train
     >>> merge_lora(model)
 
     python -m lightning_sft fit --config gpt2-small.yaml --config lora.yaml

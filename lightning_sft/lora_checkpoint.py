@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lightning_sft.errors import InputError
-from lightning_sft.lora import is_adapter
+from lightning_sft.lora import LoRAConfig, is_adapter
 from lightning_sft.model import GPTModel
 
 
@@ -35,6 +35,23 @@ def identify_base(model: GPTModel, dtype: str | None = None) -> dict[str, str]:
     return {"sha256": digest.hexdigest(), "dtype": str(wanted).removeprefix("torch.")}
 
 
+def saved_config(settings: dict[str, Any]) -> LoRAConfig | None:
+    """The adapters' configuration in a checkpoint's hyperparameters; None for whole weights.
+
+    Raises:
+        InputError: There is something else in its place.
+    """
+    saved = settings.get("lora")
+    if saved is None:
+        return None
+    try:
+        config = LoRAConfig(**saved | {"targets": tuple(saved["targets"])})
+        config.check()
+    except (KeyError, TypeError, InputError):
+        raise InputError(f"ckpt_path: its model.lora is {saved!r:.80}, which is none") from None
+    return config
+
+
 def check_adapters(model: GPTModel, checkpoint: dict[str, Any], weights: str | None) -> None:
     """Make sure that a checkpoint holds this model's adapters, trained beside this very base.
 
@@ -54,14 +71,16 @@ def check_adapters(model: GPTModel, checkpoint: dict[str, Any], weights: str | N
     differing = sorted(
         name
         for name in {*wanted, *state}
-        if name not in wanted or name not in state or wanted[name] != state[name].shape
+        if wanted.get(name) != getattr(state.get(name), "shape", None)
     )
     if differing:
         raise InputError(
             f"ckpt_path: {len(differing)} adapters differ from what model.lora makes, first "
             f"{differing[0]}; give the rank and targets they were trained with"
         )
-    trained = checkpoint.get("base", {})
+    trained = checkpoint.get("base")
+    if not isinstance(trained, dict):
+        raise InputError("ckpt_path: does not say which weights its adapters belong to")
     ours = identify_base(model, trained.get("dtype"))
     if ours != trained:
         settings = checkpoint.get("hyper_parameters", {})
@@ -79,6 +98,8 @@ def load_adapters(model: GPTModel, checkpoint: dict[str, Any], weights: str | No
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 parameter.copy_(checkpoint["state_dict"][f"model.{name}"])
+                if not torch.isfinite(parameter).all():
+                    raise InputError(f"ckpt_path: {name} holds NaN or infinity")
 
 
 def name_base(settings: dict[str, Any]) -> str:

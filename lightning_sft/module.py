@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics import Metric
@@ -26,7 +27,14 @@ from torchmetrics import Metric
 from lightning_sft.errors import InputError, ServiceError
 from lightning_sft.generation import GenerationConfig, generate
 from lightning_sft.loader import Batch
-from lightning_sft.lora import LoRAConfig, LoRALinear, add_lora, is_adapter, merge_lora
+from lightning_sft.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    has_lora,
+    is_adapter,
+    merge_lora,
+)
 from lightning_sft.lora_checkpoint import check_adapters, identify_base
 from lightning_sft.loss import IGNORE_INDEX, sum_cross_entropy
 from lightning_sft.model import GPTConfig, GPTModel, PackedLayout, get_config
@@ -260,6 +268,10 @@ class SFTModule(L.LightningModule):
         return [self.style.extract(self.tokenizer.decode(ids)) for ids in answers]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        if self.lora is not None and not has_lora(self.network):
+            raise InputError(
+                "model.lora: its adapters were merged to answer; load the checkpoint again to train"
+            )
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             optimizer = self.optimizer(trainable)
@@ -301,8 +313,9 @@ class SFTModule(L.LightningModule):
         return steps * max(trainer.max_epochs or 1, 1)
 
     def on_predict_start(self) -> None:
-        """Nothing is trained any more, and a merged model answers faster."""
-        merge_lora(self.network)
+        """A merged model answers faster. What is sharded over devices stays as it is."""
+        if isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            merge_lora(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen

@@ -42,6 +42,8 @@ from lightning_sft.data import InstructionDataModule
 from lightning_sft.device_check import DeviceCheck
 from lightning_sft.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.generation import GenerationConfig
+from lightning_sft.lora import LoRAConfig
+from lightning_sft.lora_checkpoint import saved_config
 from lightning_sft.model import get_config
 from lightning_sft.module import SFTModule
 from lightning_sft.prompts import get_style
@@ -344,11 +346,11 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
         raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
     hparams = read_checkpoint(checkpoint)["hyper_parameters"]
     base = []
-    if hparams.get("lora"):
+    if (adapted := saved_config(hparams)) is not None:
         base = [
-            f"--model.lora={json.dumps(hparams['lora'])}",
-            f"--model.weights={hparams['weights'] or 'null'}",
-            f"--seed_everything={hparams['seed']}",
+            f"--model.lora={json.dumps(adapted.as_dict())}",
+            f"--model.weights={hparams.get('weights') or 'null'}",
+            f"--seed_everything={hparams.get('seed', 123)}",
         ]
     return [
         *base,
@@ -383,7 +385,7 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
                 f"ckpt_path: {checkpoint} has {field} {saved}, the configuration has "
                 f"{architecture.get(field)}; give the architecture it was trained with"
             )
-    _compare_lora(checkpoint, hparams.get("lora"), _plain(config.model.lora))
+    _compare_lora(checkpoint, saved_config(hparams), _plain(config.model.lora))
     style = get_style(_plain(config.data.prompt_style), config.data.header_in_prompt)
     trained = hparams.get("prompt_style", {}) | {
         "header_in_prompt": hparams.get("header_in_prompt")
@@ -397,8 +399,9 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
     return content.get("metrics", {}) | place
 
 
-def _compare_lora(checkpoint: Path, saved: Any, wanted: Any) -> None:
+def _compare_lora(checkpoint: Path, trained: LoRAConfig | None, wanted: Any) -> None:
     """Refuse whole weights where adapters are wanted, the reverse, and other adapters."""
+    saved = trained.as_dict() if trained is not None else None
     if saved and not wanted:
         raise InputError(
             f"ckpt_path: {checkpoint} holds LoRA adapters; add --config lora.yaml, or --model.lora "
@@ -409,9 +412,9 @@ def _compare_lora(checkpoint: Path, saved: Any, wanted: Any) -> None:
             f"ckpt_path: {checkpoint} holds whole weights and no adapters; leave model.lora out, "
             "or give it as model.weights to train adapters beside them"
         )
-    for field in ("rank", "alpha", "targets") if saved else ():
-        ours = list(wanted[field]) if field == "targets" else wanted[field]
-        if ours != saved[field]:
+    for field in ("rank", "alpha", "targets"):
+        ours = list(wanted[field]) if wanted and field == "targets" else (wanted or {}).get(field)
+        if saved and ours != saved[field]:
             raise InputError(
                 f"ckpt_path: {checkpoint} was trained with model.lora.{field} {saved[field]}, the "
                 f"configuration has {ours}"

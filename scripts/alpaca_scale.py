@@ -24,7 +24,20 @@ from pathlib import Path
 
 ENTRIES, SEED = 52_002, 123
 MEAN_ANSWER, LONGEST_ANSWER, SPREAD = 270, 4_200, 1.1  # characters; SPREAD of the logarithm
-WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "her", "all", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what", "up", "its", "about", "into", "than", "them", "can", "only", "other", "new", "some", "could", "time", "these", "two", "may", "then", "do", "first", "any", "my", "now", "such", "like", "our", "over", "man", "me", "even", "most", "made", "after", "also", "did", "many", "before", "must", "through", "back", "years", "where", "much", "your", "way", "well", "down", "should", "because", "each", "just", "those", "people", "how", "too", "little", "state", "good", "very", "make", "world", "still", "own", "see", "men", "work", "long", "get", "here", "between", "both", "life", "being", "under", "never", "day", "same", "another", "know", "while", "last", "might", "great", "old", "year", "off", "come", "since", "against", "go", "came", "right", "used", "take", "three", "states", "himself", "few", "house", "use", "during", "without", "again", "place", "American", "around", "however", "home", "small", "found", "thought", "went", "say", "part", "once", "general", "high", "upon", "school", "every", "different", "important", "example", "system", "energy", "process", "computer", "language", "environment", "temperature", "photosynthesis", "development", "government", "technology", "information"]
+TEXT = """
+the of and to in a is that for it as was with be by on not he his but at are this have from
+or had an they which one you were her all she there would their we him been has when who will
+more no if out so said what up its about into than them can only other new some could time
+these two may then do first any my now such like our over man me even most made after also
+did many before must through back years where much your way well down should because each
+just those people how too little state good very make world still own see men work long get
+here between both life being under never day same another know while last might great old
+year off come since against go came right used take three states himself few house use during
+without again place American around however home small found thought went say part once
+general high upon school every different important example system energy process computer
+language environment temperature photosynthesis development government technology information
+"""
+WORDS = TEXT.split()
 ARCHITECTURE = {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "context_length": 512}
 
 
@@ -106,7 +119,7 @@ def main() -> None:
     count = options.entries
     rows.append(run_measured("fit, tokenizing", count, "fit", *data, *few, **settings))
     rows.append(run_measured("fit, from the cache", count, "fit", *data, *few, **settings))
-    shutil.rmtree("cache")
+    shutil.rmtree("cache", ignore_errors=True)
     rows.append(run_measured("inspect, tokenizing", count, "inspect", *data, **settings))
     rows.append(run_measured("inspect, from the cache", count, "inspect", *data, **settings))
     Path("results.md").write_text("\n".join(rows) + "\n")

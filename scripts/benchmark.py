@@ -123,7 +123,9 @@ def train_ours(
         arguments += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--run.dir={folder}"]
         arguments += ["--trainer.limit_val_batches=0", "--loss_curve.every_n_steps=0"]
         arguments += ["--samples.indices=[]", f"--data.share_prefix={json.dumps(share_prefix)}"]
-        arguments += [f"--model.architecture={json.dumps(run.architecture)}"]
+        named = isinstance(run.architecture, str)  # a quoted name would be another one
+        shape = run.architecture if named else json.dumps(run.architecture)
+        arguments += [f"--model.architecture={shape}"]
         arguments += [f"--data.max_length={get_config(run).context_length}"]
         run_command([*arguments, f"--data.path={run.data}"])
 

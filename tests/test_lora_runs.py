@@ -25,7 +25,8 @@ from test_resume import fit_until_done, stop_before
 
 from lightning_sft.chat import load_for_answers
 from lightning_sft.checkpoint import read_checkpoint
-from lightning_sft.lora import is_adapter
+from lightning_sft.errors import InputError
+from lightning_sft.lora import LoRAConfig, is_adapter, merge_lora
 from lightning_sft.lora_checkpoint import identify_base
 from lightning_sft.model import GPTModel, get_config
 from lightning_sft.module import SFTModule
@@ -177,9 +178,54 @@ def test_another_base_is_refused_by_name(
     assert str(other) in error
     error = refused(capsys, "validate", "--ckpt_path", checkpoint, "--model.weights", "null")
     assert "but model.weights are random weights" in error
+    # The check is what refuses: without it the wrong base would go through.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_sft.module.check_adapters", lambda *args: None)
+        assert run("validate", "--ckpt_path", checkpoint, "--model.weights", other) == 0
     # Moved but the same: it is the content that counts.
     moved = shutil.copy(trained.base, tmp_path / "moved.pth")
     assert run("validate", "--ckpt_path", checkpoint, "--model.weights", moved) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": None}, "does not say which weights its adapters belong to"),
+        ({"base": {"sha256": 5, "dtype": "load"}}, "its adapters were trained beside"),
+        ({"lora": {"rank": "x", "targets": ["*"]}}, "its model.lora is {'rank': 'x'"),
+        ({"lora": {"rank": 4}}, "its model.lora is {'rank': 4}"),
+        ({"lora": "yes"}, "its model.lora is 'yes'"),
+        ({"state": float("nan")}, "holds NaN or infinity"),
+        ({"state": "text"}, "1 adapters differ from what model.lora makes"),
+    ],
+)
+def test_a_tampered_checkpoint_is_refused(
+    trained: Trained,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    content = load(newest_checkpoint(trained.run))
+    if "base" in change:
+        content["base"] = change["base"]
+    elif "lora" in change:
+        content["hyper_parameters"]["lora"] = change["lora"]
+    else:
+        name = "model.out_head.lora_a"
+        value = change["state"]
+        content["state_dict"][name] = (
+            value if isinstance(value, str) else content["state_dict"][name].fill_(value)
+        )
+    torch.save(content, path := tmp_path / "tampered.ckpt")
+    assert message in refused(capsys, "chat", "--ckpt_path", path)
+
+
+def test_merged_adapters_are_not_trained_on(trained: Trained) -> None:
+    module = SFTModule(TINY, str(trained.base), LoRAConfig())
+    merge_lora(module.network)
+    with pytest.raises(InputError, match="merged to answer; load the checkpoint again"):
+        module.configure_optimizers()
 
 
 def test_random_weights_are_made_again_from_the_seed(
