@@ -116,7 +116,7 @@ def torment_training(folder: Path, kills: int, rng: random.Random) -> dict[str, 
                 break
             counts["training: kills"] += 1
             # Ranks that have not met yet are their launcher's to stop; here there is none.
-            have_met = (run / "metrics.csv").exists()
+            have_met = _has_logged(run, command.began_at)
             left = command.kill(rng, spare_one=have_met and rng.random() < 0.5)
             counts["LOST: ranks alive a minute after the other's death"] += left
             now_torn = len(list(run.glob("checkpoints/.step-*.tmp")))
@@ -175,6 +175,7 @@ class Command:
 
     def __init__(self, arguments: list[str], processes: int = 1) -> None:
         self._begun = self._ended = time.monotonic()
+        self.began_at = time.time()
         self.codes: dict[int, int | None] = {}
         port = _free_port()
         for rank in range(processes):
@@ -328,6 +329,12 @@ def _equal_runs(run: Path, whole: Path) -> bool:
     if differing:
         print(f"{run.parent.name} differs in {', '.join(differing)}", file=sys.stderr)
     return not differing
+
+
+def _has_logged(run: Path, since: float) -> bool:
+    """Whether a command that began then is training; a resumed one rewrites the file first."""
+    metrics = run / "metrics.csv"
+    return metrics.exists() and metrics.stat().st_mtime > since
 
 
 def _newest(run: Path) -> Path:
