@@ -7,8 +7,10 @@ stops at once. `predict` has nothing to finish: its answers are on disk already.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -75,23 +77,35 @@ class StopOnSignal(L.Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received and signum == signal.SIGINT:
-            self._end("stopped at once; what came behind the last checkpoint is lost")
+            _leave(signum, "stopped at once; what came behind the last checkpoint is lost")
         self.received = signum
-        print("\nfinishing this step and saving; Ctrl-C again stops at once", flush=True)
+        # Not print: the signal may have come in the middle of another one.
+        os.write(1, b"\nfinishing this step and saving; Ctrl-C again stops at once\n")
 
     def _stop_now(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        self._end("stopped; the answers so far are kept, the same command goes on")
+        _leave(signum, "stopped; the answers so far are kept, the same command goes on")
 
     def _end(self, message: str, checkpoint: Any = None) -> None:
         if checkpoint is not None:
             message += f"; go on with: python -m lightning_sft fit --ckpt_path {checkpoint}"
-        raise StoppedError(self.received or signal.SIGINT, message)
+        raise StoppedError(self.received or signal.SIGTERM, message)  # or another rank was asked
 
     @staticmethod
     def _listen(handler: Any) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, handler)
+
+
+def _leave(signum: int, message: str) -> None:
+    """End the process here and now.
+
+    An exception could not be relied on: raised wherever the program happens to be, it may be taken
+    for a failure of that place, and swallowed or renamed. All that counts is on disk already.
+    """
+    with contextlib.suppress(RuntimeError):  # the signal came while it was being written to
+        sys.stdout.flush()
+    os.write(2, f"\nerror: {message}\n".encode())
+    os._exit(128 + signum)
 
 
 def die_with_parent() -> None:

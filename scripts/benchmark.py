@@ -438,9 +438,10 @@ def start_job(part: str, name: str, run: Namespace) -> dict[str, Any]:
 Results = dict[str, list[dict[str, Any]]]
 
 
-def measure_in_turn(part: str, repeats: int, run: Namespace) -> Results:
-    """Every peer once, then every peer again."""
-    needed = {name: PACKAGES.get(name.split()[0], "transformers") for name in PEERS[part]}
+def measure_in_turn(part: str, repeats: int, run: Namespace, left_out: str) -> Results:
+    """Every peer once, then every peer again, but for those whose name holds `left_out`."""
+    names = [name for name in PEERS[part] if not left_out or left_out not in name]
+    needed = {name: PACKAGES.get(name.split()[0], "transformers") for name in names}
     results: Results = {name: [] for name in needed if importlib.util.find_spec(needed[name])}
     for name, package in needed.items():
         if name not in results:
@@ -504,6 +505,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all peers")
     parser.add_argument("--steps", type=int, default=6, help="timed training steps")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no_bf16", action="store_true", help="for processors that emulate it")
     parser.add_argument("--quick", action="store_true", help="one round, little of everything")
     parser.add_argument("--out", type=Path, default=Path("benchmark"))
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -523,7 +525,8 @@ def main(argv: list[str] | None = None) -> None:
     machine = start_job("machine", "", run)
     print(json.dumps(machine, indent=4), flush=True)
     parts = [options.only] if options.only else list(PEERS)
-    results = {part: measure_in_turn(part, repeats, run) for part in parts}
+    left_out = "bf16" if options.no_bf16 else ""
+    results = {part: measure_in_turn(part, repeats, run, left_out) for part in parts}
     table = "\n".join(tabulate(part, results[part]) for part in parts)
     options.out.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine, "settings": vars(run) | {"repeats": repeats}} | results

@@ -103,7 +103,7 @@ def test_peers_take_turns(
     peers = {"training": dict.fromkeys(["ours fp32", "ours bf16"])}
     monkeypatch.setattr(benchmark, "PEERS", peers)
     monkeypatch.setattr(benchmark, "start_job", start_job)
-    results = benchmark.measure_in_turn("training", 2, run)
+    results = benchmark.measure_in_turn("training", 2, run, "")
     assert started == ["ours fp32", "ours bf16", "ours fp32", "ours bf16"]
     assert [len(rounds) for rounds in results.values()] == [2, 2]
     counts = itertools.count()
@@ -111,7 +111,7 @@ def test_peers_take_turns(
         benchmark, "start_job", lambda *_: {"rate": 1.0, "supervised": [next(counts)]}
     )
     with pytest.raises(SystemExit, match="same targets"):
-        benchmark.measure_in_turn("training", 1, run)
+        benchmark.measure_in_turn("training", 1, run, "")
 
 
 def test_a_peer_that_is_not_installed_is_named(
@@ -122,7 +122,7 @@ def test_a_peer_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setattr(benchmark, "PEERS", {"training": {"TRL fp32": None}})
     monkeypatch.setattr(benchmark, "PACKAGES", {"TRL": "no_such_package"})
-    assert benchmark.measure_in_turn("training", 1, run) == {}
+    assert benchmark.measure_in_turn("training", 1, run, "") == {}
     assert capsys.readouterr().out == "skipped: TRL fp32 (no_such_package is not installed)\n"
 
 
