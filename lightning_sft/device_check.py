@@ -7,11 +7,13 @@ seems to learn. One row of the first batch costs a moment; `--check_device false
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn as nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sft.errors import ServiceError
 from lightning_sft.generation import evaluating
@@ -33,6 +35,15 @@ class DeviceCheck(L.Callback):
 
     def __init__(self) -> None:
         self._done = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say so where bfloat16 is emulated: it is slower than float32 then."""
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and "bf16" in str(trainer.precision) and not has_bfloat16():
+            rank_zero_info(
+                "note: this processor has no bfloat16 instructions (avx512_bf16, amx_bf16 or arm's "
+                f"bf16), so trainer.precision {trainer.precision} is likely slower than 32-true"
+            )
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Batch, *_: Any) -> None:
         self._check(trainer, module, batch["input_ids"])
@@ -56,6 +67,17 @@ class DeviceCheck(L.Callback):
         self._done = True
         # Any tokens will do: of a packed batch this is the beginning of its first rows.
         compare_with_cpu(module.network, input_ids.flatten()[:NUM_TOKENS])
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16; where nothing tells, it is taken to."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").lower()
+    except OSError:
+        return True
+    lines = [line for line in facts.splitlines() if line.startswith(("flags", "features"))]
+    names = set(lines[0].split()) if lines else {"bf16"}
+    return bool(names & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lightning_sft.errors import InputError
-from lightning_sft.model import GPTConfig, GPTModel
+from lightning_sft.model import GPTConfig, GPTModel, Linear
 
 ADAPTERS = ("lora_a", "lora_b")  # the last part of an adapter's parameter names
 
@@ -76,7 +76,7 @@ class LoRAConfig:
         return dataclasses.asdict(self) | {"targets": list(self.targets)}
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A frozen linear layer with a trained low-rank product beside it.
 
     Args:
@@ -100,7 +100,7 @@ class LoRALinear(nn.Linear):
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide, (low, lora_b) = F.linear(x, self.weight, self.bias), self.factors(x)
+        wide, (low, lora_b) = super().forward(x), self.factors(x)
         # One kernel: `wide + F.linear(low, lora_b)` would write the product out first.
         return torch.addmm(wide.flatten(0, -2), low.flatten(0, -2), lora_b.T).view_as(wide)
 
@@ -110,9 +110,9 @@ class LoRALinear(nn.Linear):
         return F.linear(dropped, self.lora_a) * self.scale, self.lora_b
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def merged(self) -> Linear:
         """A plain layer that computes the same; its weight is a new one."""
-        plain = nn.Linear(
+        plain = Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
         exact = torch.promote_types(self.weight.dtype, torch.float32)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -231,10 +232,10 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.drop_rate = config.drop_rate
-        self.W_query = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
-        self.W_key = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
-        self.W_value = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
+        self.W_query = Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
+        self.W_key = Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
+        self.W_value = Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
+        self.out_proj = Linear(config.emb_dim, config.emb_dim)
 
     def forward(
         self,
@@ -268,15 +269,32 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(context)
 
 
+class Linear(nn.Linear):
+    """A linear layer that is also quick with the few rows of a decoding step.
+
+    On CPUs `W x^T` takes about half the time of `x W^T` for 2 to 64 rows: the weight, which is all
+    there is to read, is then walked through in its own order.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows = x.numel() // self.in_features
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not 2 <= num_rows <= 64:
+            return F.linear(x, self.weight, self.bias)
+        product = self.weight @ x.reshape(num_rows, -1).T  # (out, rows)
+        if self.bias is not None:
+            product += self.bias[:, None]
+        return product.T.contiguous().view(*x.shape[:-1], -1)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with GPT-2's tanh form of GELU between them."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(config.emb_dim, 4 * config.emb_dim),
+            Linear(config.emb_dim, 4 * config.emb_dim),
             nn.GELU(approximate="tanh"),
-            nn.Linear(4 * config.emb_dim, config.emb_dim),
+            Linear(4 * config.emb_dim, config.emb_dim),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -306,6 +324,13 @@ class TransformerBlock(nn.Module):
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
+def run_block(
+    block: TransformerBlock, x: torch.Tensor, layout: PackedLayout | None
+) -> torch.Tensor:
+    """A block in training, as one function that is compiled once for all blocks."""
+    return block(x, layout)
+
+
 class GPTModel(nn.Module):
     """GPT-2: embeddings, a stack of blocks, a final norm and a linear head over the vocabulary."""
 
@@ -313,13 +338,14 @@ class GPTModel(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # forget what blocks computed, and compute it again in backward
+        self.compiled: Callable[..., torch.Tensor] | None = None  # `run_block`, by torch.compile
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
         # The book's `nn.Sequential` and this list name their parameters alike.
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = LayerNorm(config.emb_dim)
-        self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self.out_head = Linear(config.emb_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.out_head.weight = self.tok_emb.weight
         if not self.tok_emb.weight.is_meta:
@@ -410,6 +436,8 @@ class GPTModel(nn.Module):
         for layer, block in enumerate(self.trf_blocks):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, cache, layer, mask, use_reentrant=False)
+            elif self.compiled is not None and cache is None:  # a cache changes with each token
+                x = self.compiled(block, x, layout)
             else:
                 x = block(x, layout, cache, layer, mask)
         if cache is not None:

@@ -37,7 +37,7 @@ from lightning_sft.lora import (
 )
 from lightning_sft.lora_checkpoint import check_adapters, identify_base
 from lightning_sft.loss import IGNORE_INDEX, sum_cross_entropy
-from lightning_sft.model import GPTConfig, GPTModel, PackedLayout, get_config
+from lightning_sft.model import GPTConfig, GPTModel, PackedLayout, get_config, run_block
 from lightning_sft.prompts import PromptStyle, get_style
 from lightning_sft.sharding import shard
 from lightning_sft.tokenizer import Tokenizer, gpt2_tokenizer
@@ -58,6 +58,8 @@ class SFTModule(L.LightningModule):
             after every optimizer step (`ReduceLROnPlateau`: after every validation).
         activation_checkpointing: Keep only each block's input and compute the rest again in the
             backward pass: a third more work, a fraction of the activations' memory.
+        compile: Have torch.compile fuse what lies between a block's matrix products in training;
+            needs a C++ compiler on CPUs, and a minute for the first step.
         prompt_style, header_in_prompt: As in the data; the checkpoint keeps them, so that answers
             are asked for as they were trained.
         max_length: The data's; checked against the model's context.
@@ -76,6 +78,7 @@ class SFTModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         *,
         activation_checkpointing: bool = False,
+        compile: bool = False,
         prompt_style: str | dict[str, str] = "alpaca",
         header_in_prompt: bool = True,
         max_length: int | None = None,
@@ -85,7 +88,7 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.config: GPTConfig = get_config(architecture)
         self.weights, self.seed = weights, seed
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile
         if isinstance(lora, Mapping):  # from a checkpoint's hyperparameters
             lora = LoRAConfig(**lora)
         if lora is not None:
@@ -147,6 +150,9 @@ class SFTModule(L.LightningModule):
             add_lora(model, self.lora, self.seed)
             self.base = identify_base(model)
         model.recompute = self.activation_checkpointing
+        if self.compile_blocks:
+            # Lengths change from batch to batch: one graph for all of them, not one for each.
+            model.compiled = torch.compile(run_block, dynamic=True)
         mesh = self.device_mesh  # of a sharded strategy
         self.model = model if mesh is None else shard(model, mesh)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import run, write_config
 
+from lightning_sft import device_check
 from lightning_sft.device_check import DeviceCheck, compare_with_cpu
 from lightning_sft.errors import ServiceError
 from lightning_sft.model import GPTModel
@@ -84,3 +85,17 @@ def test_a_processor_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     spoil_first_call(monkeypatch)
     config = write_config(tmp_path, trainer__max_epochs=1, trainer__limit_train_batches=2)
     assert run("fit", "--config", config) == 0
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_emulated_bfloat16_is_announced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    here: bool,
+) -> None:
+    monkeypatch.setattr(device_check, "has_bfloat16", lambda: here)
+    config = write_config(tmp_path, trainer__max_epochs=1, trainer__limit_train_batches=1)
+    with caplog.at_level("INFO"):
+        assert run("fit", "--config", config, "--trainer.precision", "bf16-mixed") == 0
+    assert ("no bfloat16 instructions" in caplog.text) is not here

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -226,3 +228,28 @@ def test_the_saved_weights_load_in_the_books_model(tmp_path: Path) -> None:
     ours.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
     ids = torch.randint(0, 50257, (2, 17), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(book.eval()(ids), ours.eval()(ids), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_compiled_equals_plain_with_few_graphs(tmp_path: Path, share_prefix: bool) -> None:
+    """Lengths change with every batch; one graph, or one more, serves them all."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    config = write_config(tmp_path, data__share_prefix=share_prefix, trainer__max_epochs=1)
+    assert run("fit", "--config", config, "--run.name", "plain") == 0
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = ["--model.compile=true", "--run.name=compiled"]
+    assert run("fit", "--config", config, *compiled) == 0
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    plain, ours = (
+        read_metrics(tmp_path / f"runs/{name}/version_0", "train_loss")
+        for name in ("plain", "compiled")
+    )
+    assert ours == pytest.approx(plain, abs=1e-5)
+    states = [
+        load(newest_checkpoint(tmp_path / f"runs/{name}/version_0"))["state_dict"]
+        for name in ("plain", "compiled")
+    ]
+    assert states[0].keys() == states[1].keys()  # no `_orig_mod.` in the names
