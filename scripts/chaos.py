@@ -30,7 +30,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -75,11 +75,14 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     begun, rng = time.monotonic(), random.Random(options.seed)
+    counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         Command.log = Path(folder) / "log.txt"
-        counts = torment_training(Path(folder), options.kills, rng)
-        counts |= torment_predict(Path(folder), options.predict_kills, rng)
-    counts["minutes"] = round((time.monotonic() - begun) / 60, 1)
+        # The short part first: Ctrl-C ends the experiment, and its counts until then hold.
+        with contextlib.suppress(KeyboardInterrupt):
+            torment_predict(Path(folder), options.predict_kills, rng, counts)
+            torment_training(Path(folder), options.kills, rng, counts)
+    counts["minutes"] = round((time.monotonic() - begun) / 60)
     for name, count in counts.items():
         print(f"{name:<52} {count}")
     if options.out is not None:
@@ -87,15 +90,15 @@ def main() -> int:
     return int(any(count for name, count in counts.items() if name.startswith("LOST")))
 
 
-def torment_training(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+def torment_training(folder: Path, kills: int, rng: random.Random, counts: Counter[str]) -> None:
     """Kill and resume until `kills` are spent, going round the variants."""
-    counts: Counter[str] = Counter()
     wholes: dict[Variant, tuple[Path, float]] = {}
     number = 0
     while counts["training: kills"] < kills:
         variant = VARIANTS[number % len(VARIANTS)]
         if variant not in wholes:
             wholes[variant] = _train_undisturbed(folder, variant)
+            counts["training: variants"] += 1
         whole, seconds = wholes[variant]
         config = write_config(folder, f"{variant.name}-{number}", variant)
         run = folder / "runs" / f"{variant.name}-{number}" / "version_0"
@@ -129,12 +132,10 @@ def torment_training(folder: Path, kills: int, rng: random.Random) -> dict[str, 
         print(message, file=sys.stderr, flush=True)
         shutil.rmtree(run.parent)
         number += 1
-    return {"training: variants": len(wholes), **counts}
 
 
-def torment_predict(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
+def torment_predict(folder: Path, kills: int, rng: random.Random, counts: Counter[str]) -> None:
     """Kill and restart `predict` until `kills` are spent."""
-    counts: Counter[str] = Counter()
     variant = Variant(1, 0, 1)
     whole, _ = _train_undisturbed(folder, variant, name="predict")
     arguments = [
@@ -165,7 +166,6 @@ def torment_predict(folder: Path, kills: int, rng: random.Random) -> dict[str, A
         counts["LOST: predict commands that failed"] += command.wait() != 0
         same = target.exists() and target.read_bytes() == expected
         counts["LOST: response files that differ"] += not same
-    return dict(counts)
 
 
 class Command:
