@@ -12,7 +12,6 @@ import pytest
 import torch
 from runs import (
     TINY,
-    equal,
     load,
     newest_checkpoint,
     read_metrics,
@@ -30,6 +29,7 @@ from lightning_sft.lora import LoRAConfig, is_adapter, merge_lora
 from lightning_sft.lora_checkpoint import identify_base
 from lightning_sft.model import GPTModel, get_config
 from lightning_sft.module import SFTModule
+from lightning_sft.verify_resume import equal
 from lightning_sft.weights import load_weights
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["*"]}
