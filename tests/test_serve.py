@@ -577,6 +577,30 @@ def test_limits_of_ones_own(model):
         link.close()
 
 
+def test_a_refused_body_is_read_to_its_end(model):
+    # Far more than a socket holds: were the connection closed on it, the client would see a broken
+    # pipe and never the reason.
+    body = {"prompt": "x" * 8_000_000}
+    with serving({"mine": model}, token="secret") as running:
+        for path, headers, status in (
+            (COMPLETIONS, {"Authorization": "Bearer secret"}, 413),
+            (COMPLETIONS, {}, 401),
+            (COMPLETIONS, {"Authorization": "Bearer secret", "Content_Type": "text/plain"}, 415),
+            ("/nothing", {}, 404),
+        ):
+            for _ in range(5):
+                assert running.send(path, body, **headers)[0] == status
+
+
+def test_a_client_that_asks_before_it_sends_is_told_no(served):
+    with socket.create_connection(urlsplit(served.url).netloc.split(":")) as link:
+        link.sendall(
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+            "Content-Type: application/json\r\nContent-Length: 2000000\r\n\r\n".encode()
+        )
+        assert link.makefile("rb").readline().split()[1] == b"413"
+
+
 def test_the_context_ends_an_answer(client):
     reply = ask(client, "Hi", max_tokens=1024)
     assert reply.choices[0].finish_reason == "length"
