@@ -1,19 +1,15 @@
-"""The pages in a real browser: clicked, sorted, searched, voted on, in headless Chromium.
-
-Skipped with a reason where Chromium, its driver or selenium is not installed
-(Debian: `apt-get install chromium chromium-driver`, then `pip install selenium`).
-"""
+"""The pages in a real browser: clicked, sorted, searched, voted on, in headless Chromium."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import EVIL, Select, chromium, webdriver
 from judge_server import JudgeServer
 
 from lightning_sft import pages
@@ -23,40 +19,23 @@ from lightning_sft.report import report
 from lightning_sft.responses import RESPONSES_NAME
 from lightning_sft.score import score
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-Select = pytest.importorskip("selenium.webdriver.support.select").Select
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium or its driver is not installed"),
-    pytest.mark.timeout(120),
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
-EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=2</script>'
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
-def downloads(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("downloads")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("browser")
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory, downloads) -> Iterator:
-    options = webdriver.ChromeOptions()
-    for flag in FLAGS.split():
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    behaviour = {"behavior": "allow", "downloadPath": str(downloads)}
-    driver.execute_cdp_cmd("Page.setDownloadBehavior", behaviour)
-    yield driver
-    driver.quit()
+def downloads(folder) -> Path:
+    return folder / "downloads"
+
+
+@pytest.fixture(scope="module")
+def browser(folder) -> Iterator:
+    with chromium(folder) as driver:
+        yield driver
 
 
 def write_run(folder: Path, seed: int) -> Path:

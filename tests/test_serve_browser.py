@@ -1,17 +1,13 @@
-"""The page of `serve` in headless Chromium: asked, stopped, compared, by hand and by keyboard.
-
-Skipped with a reason where Chromium, its driver or selenium is not installed
-(Debian: `apt-get install chromium chromium-driver`, then `pip install selenium`).
-"""
+"""The page of `serve` in headless Chromium: asked, stopped, compared, by hand and by keyboard."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from browser import EVIL, chromium, webdriver
 from serving import Served, answer_alone, make_talker, serving, wait_for
 
 from lightning_sft.batch import Batch
@@ -20,33 +16,15 @@ from lightning_sft.generation import generate
 from lightning_sft.prompts import get_style
 from lightning_sft.tokenizer import gpt2_tokenizer
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="Chromium or its driver is not installed"),
-    pytest.mark.timeout(120),
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
-EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=2</script>'
+pytestmark = pytest.mark.timeout(120)
 TOKEN = "a-token-of-more-than-sixteen"
 STYLE = get_style("alpaca")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    for flag in FLAGS.split():
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
