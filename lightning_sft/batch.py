@@ -11,6 +11,7 @@ Both sample the tokens themselves, from `Batch.logits`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -73,14 +74,9 @@ class Batch:
     def _read(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
         """Fill an empty cache with the prompts; logits (B, V) of the next tokens."""
         device = self.model.tok_emb.weight.device
-        # `pack` makes inputs of all but a row's last token, which here is the end-of-text it added.
-        packed = {k: v.to(device) for k, v in pack(prompts, share_prefix=True).items()}
-        layout = PackedLayout(packed["positions"], packed["gather"], packed["scatter"])
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        hidden = self.model.hidden_states(
-            packed["input_ids"], layout=layout, cache=cache, row_lengths=lengths
-        )
-        last = layout.gather[torch.arange(len(prompts), device=device), lengths - 1]
+        hidden, places = read_rows(self.model, prompts, cache=cache, row_lengths=lengths)
+        last = places[torch.arange(len(prompts), device=device), lengths - 1]
         return self.model.out_head(hidden[last])
 
     def _new_cache(self, rows: int, longest: int) -> KVCache:
@@ -101,6 +97,24 @@ class Batch:
                 if longest <= have_length
                 else min(max(longest, 2 * have_length), self.model.config.context_length),
             )
+
+
+def read_rows(
+    model: GPTModel, rows: Sequence[Sequence[int]], **cached: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model makes of rows of token ids, each common beginning computed once.
+
+    Args:
+        cached: `cache` and `row_lengths` for `hidden_states`.
+
+    Returns:
+        Hidden states (N, D), and where in them each row's tokens are (B, T).
+    """
+    device = model.tok_emb.weight.device
+    # `pack` makes inputs of all but a row's last token, which here is the end-of-text it added.
+    packed = {k: v.to(device) for k, v in pack(rows, share_prefix=True).items()}
+    layout = PackedLayout(packed["positions"], packed["gather"], packed["scatter"])
+    return model.hidden_states(packed["input_ids"], layout=layout, **cached), layout.gather
 
 
 def _close_gaps(kept: Sequence[int]) -> list[int]:

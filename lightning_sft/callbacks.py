@@ -22,9 +22,9 @@ from lightning_sft import files
 from lightning_sft.data import InstructionDataModule
 from lightning_sft.errors import InputError
 from lightning_sft.generation import evaluating
+from lightning_sft.loggers import folder_of
 from lightning_sft.module import SFTModule
 from lightning_sft.plots import plot_loss_curve
-from lightning_sft.run_folder import folder_of
 from lightning_sft.sharding import gather_model, is_sharded
 
 

@@ -22,11 +22,12 @@ from lightning_sft.checkpoint import read_checkpoint
 from lightning_sft.entries import Entry
 from lightning_sft.errors import InputError
 from lightning_sft.generation import GenerationConfig, decode
-from lightning_sft.lora import merge_lora
+from lightning_sft.lora import final_architecture, merge_lora
 from lightning_sft.lora_checkpoint import load_adapters, saved_config
 from lightning_sft.model import GPTModel, get_config
 from lightning_sft.module import SFTModule
 from lightning_sft.prompts import PromptStyle, get_style
+from lightning_sft.run_folder import run_of
 from lightning_sft.tokenizer import GPT2Tokenizer, gpt2_tokenizer
 from lightning_sft.weights import load_weights
 
@@ -163,15 +164,12 @@ def choose_device(device: str) -> torch.device:
 
 def _run_settings(weights: Path) -> dict[str, Any]:
     """What the configuration beside a run's weights says of architecture and style."""
-    path = weights.parent / "config.yaml"
-    if not weights.is_file() or not path.is_file():
+    run = run_of(weights)
+    if run is None:
         return {}
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     data = {key: config["data"][key] for key in ("prompt_style", "header_in_prompt")}
-    architecture = get_config(config["model"]["architecture"])
-    if config["model"].get("lora"):  # merged: an adapted head is the embedding no more
-        architecture = dataclasses.replace(architecture, tie_embeddings=False)
-    return data | {"architecture": dataclasses.asdict(architecture)}
+    return data | {"architecture": dataclasses.asdict(final_architecture(config["model"]))}
 
 
 def _guess_architecture(path: str) -> str | None:

@@ -57,7 +57,7 @@ def jinja_template(style: PromptStyle) -> str:
         before_input=_quote(before_input),
         after_input=_quote(after_input),
         header=_quote(header),
-        end=_quote(style.end + _after_turn(style)),
+        end=_quote(style.end + style.turn_end),
         open_header=_quote(header),
     )
 
@@ -68,12 +68,7 @@ def ollama_template(style: PromptStyle) -> str:
     header = style.header if style.header_in_prompt else ""
     system = "{{ if .System }}{{ .System }}\n\n{{ end }}"
     question = _go(before) + system + "{{ .Prompt }}" + _go(after + header)
-    return question + "{{ .Response }}" + _go(style.end + _after_turn(style))
-
-
-def _after_turn(style: PromptStyle) -> str:
-    """What parts a finished answer from the next question."""
-    return "\n" if style.end else "\n\n"
+    return question + "{{ .Response }}" + _go(style.end + style.turn_end)
 
 
 def _quote(text: str) -> str:

@@ -20,10 +20,11 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_sft import files
 from lightning_sft.errors import InputError, ServiceError
+from lightning_sft.loggers import folder_of
 from lightning_sft.lora import merged_copy
 from lightning_sft.model import ARCHITECTURES, MODEL_SIZES, GPTConfig
 from lightning_sft.module import SFTModule
-from lightning_sft.run_folder import folder_of, version_numbers
+from lightning_sft.run_folder import version_numbers
 from lightning_sft.sharding import gather_model, is_sharded
 from lightning_sft.weights import book_state_dict
 
@@ -268,7 +269,8 @@ def find_checkpoint(wanted: str, run: Path) -> Path:
             return best
         for path in reversed(saved):
             try:
-                read_checkpoint(path)
+                check_whole(path)  # against its sidecar; without one all of it is read
+                read_checkpoint(path, mmap=bool(_facts(path)))
             except InputError as error:
                 print(f"skipped: {error}")
                 continue

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sft.data import pack
+from lightning_sft.batch import read_rows
 from lightning_sft.errors import InputError
 from lightning_sft.generation import GenerationConfig, decode, evaluating
-from lightning_sft.model import GPTModel, PackedLayout
+from lightning_sft.model import GPTModel
 from lightning_sft.tokenizer import gpt2_tokenizer
 
 Told = Callable[[int], object]  # how many requests were finished, for a progress bar
@@ -80,14 +80,11 @@ def _score_batch(model: GPTModel, requests: Sequence[Request]) -> list[tuple[flo
     length = model.config.context_length
     # The last token is rated, never read; of the rest, the model sees what fits.
     rows = [(context + continuation)[-(length + 1) :][:-1] for context, continuation in requests]
-    device = model.tok_emb.weight.device
-    packed = {k: v.to(device) for k, v in pack(rows, share_prefix=True).items()}
-    layout = PackedLayout(packed["positions"], packed["gather"], packed["scatter"])
-    hidden = model.hidden_states(packed["input_ids"], layout=layout)  # (N, D)
+    hidden, places = read_rows(model, rows)
     rated = []
     for place, (row, request) in enumerate(zip(rows, requests, strict=True)):
-        tokens = torch.tensor(request.continuation, device=device)  # (C,)
-        before = layout.gather[place, len(row) - len(tokens) : len(row)]
+        tokens = torch.tensor(request.continuation, device=hidden.device)  # (C,)
+        before = places[place, len(row) - len(tokens) : len(row)]
         log_probs = model.out_head(hidden[before]).float().log_softmax(-1)  # (C, V)
         total = log_probs.gather(-1, tokens[:, None]).sum()
         rated.append((float(total), bool((log_probs.argmax(-1) == tokens).all())))

@@ -22,6 +22,7 @@ import dataclasses
 import fnmatch
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lightning_sft.errors import InputError
-from lightning_sft.model import GPTConfig, GPTModel, Linear
+from lightning_sft.model import GPTConfig, GPTModel, Linear, get_config
 
 ADAPTERS = ("lora_a", "lora_b")  # the last part of an adapter's parameter names
 
@@ -207,3 +208,12 @@ def merged_config(config: GPTConfig, head: nn.Module) -> GPTConfig:
     """The configuration of a model once its adapters are merged."""
     untied = isinstance(head, LoRALinear)
     return dataclasses.replace(config, tie_embeddings=False) if untied else config
+
+
+def final_architecture(model: Mapping[str, Any]) -> GPTConfig:
+    """The architecture of a run's final weights, from the `model` of its config.
+
+    Adapters are merged in them, and an adapted head is the embedding no more.
+    """
+    config = get_config(model["architecture"])
+    return dataclasses.replace(config, tie_embeddings=False) if model.get("lora") else config

@@ -220,7 +220,7 @@ def render(body: Mapping[str, Any], style: PromptStyle) -> str:
     if system:
         texts[0] = f"{system}\n\n{texts[0]}"
     earlier = "".join(
-        "".join(style.split(Entry(question, "", answer))) + ("\n" if style.end else "\n\n")
+        "".join(style.split(Entry(question, "", answer))) + style.turn_end
         for question, answer in zip(texts[0:-1:2], texts[1::2], strict=True)
     )
     return earlier + style.prompt(Entry(texts[-1], given, ""))

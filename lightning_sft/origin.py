@@ -21,6 +21,7 @@ from lightning_sft.checkpoint import check_whole, read_checkpoint
 from lightning_sft.entries import KNOWN_SHA256, is_url, local_path
 from lightning_sft.errors import InputError, hide_keys
 from lightning_sft.generation import GenerationConfig
+from lightning_sft.run_folder import run_of
 
 # Of the trainer's many settings, those that the weights depend on.
 TRAINER_KEYS = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
@@ -76,7 +77,7 @@ def read_origin(path: str) -> Origin:
         InputError: A damaged checkpoint (its sha256 differs from its sidecar).
     """
     file = Path(path)
-    run = run_folder(file)
+    run = run_of(file)
     config: dict[str, Any] = {}
     if run is not None:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -92,14 +93,6 @@ def read_origin(path: str) -> Origin:
     return Origin(
         name, run, config, step, epoch, losses, GenerationConfig(**generation), _data(config)
     )
-
-
-def run_folder(path: Path) -> Path | None:
-    """The run folder that a checkpoint or weights file is in."""
-    if not path.is_file():  # a name of the hub, or a folder of somebody else's
-        return None
-    around = (path.parent, path.parent.parent) if path.suffix == ".ckpt" else (path.parent,)
-    return next((folder for folder in around if (folder / "config.yaml").is_file()), None)
 
 
 def public_name(path: str) -> str:

@@ -68,6 +68,11 @@ class PromptStyle:
             return question + self.header, answer
         return question, self.header + answer
 
+    @property
+    def turn_end(self) -> str:
+        """What parts a finished answer from the next question of a conversation."""
+        return "\n" if self.end else "\n\n"
+
     def prompt(self, entry: Entry) -> str:
         """What the model is given to answer `entry`."""
         return self.split(entry)[0]

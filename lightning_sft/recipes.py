@@ -33,6 +33,7 @@ from lightning_sft.config_files import read_config, read_layers
 from lightning_sft.errors import InputError, ServiceError
 from lightning_sft.recipes_page import LOSS_NAME, SESSIONS_NAME, summarize_recipes
 from lightning_sft.responses import RESPONSES_NAME
+from lightning_sft.run_folder import newest_run
 
 KNOWN = {
     "baseline": "the configuration as it is",
@@ -99,7 +100,9 @@ def recipes(arguments: list[str]) -> int:
                     f"{name} ({number} of {len(names)}) was not finished; the same command goes on"
                 )
                 return stopped.code
-    print(summarize_recipes(study.folder, {name: newest_run(study, name) for name in names}))
+    print(
+        summarize_recipes(study.folder, {name: newest_run(study.folder / name) for name in names})
+    )
     return 0
 
 
@@ -134,12 +137,12 @@ def run_recipe(study: Study, name: str, children: Children) -> None:
     """
     shared = [f"--config={path}" for path in (*study.configs, *study.recipes[name])]
     shared += [*study.options, f"--run.dir={study.folder}", f"--run.name={name}"]
-    run = newest_run(study, name)
+    run = newest_run(study.folder / name)
     if not is_trained(run):
         saved = run is not None and any((run / "checkpoints").glob("step-*.ckpt"))
         print(f"\n{name}: {'going on' if saved else 'training'}", flush=True)
         code, session = children.run("fit", *shared, *(["--ckpt_path=last"] if saved else []))
-        run = newest_run(study, name)
+        run = newest_run(study.folder / name)
         if run is not None:
             files.append_line(run / SESSIONS_NAME, json.dumps(session))
         if code:
@@ -155,16 +158,6 @@ def run_recipe(study: Study, name: str, children: Children) -> None:
     for result, command in steps.items():
         if not (run / result).exists() and (code := children.run(*command)[0]):
             raise StoppedError(code)
-
-
-def newest_run(study: Study, name: str) -> Path | None:
-    """The newest version of a recipe's run; an older one never reached a checkpoint."""
-    found = {
-        int(path.name.removeprefix("version_")): path
-        for path in (study.folder / name).glob("version_*")
-        if re.fullmatch(r"version_\d+", path.name)
-    }
-    return found[max(found)] if found else None
 
 
 def is_trained(run: Path | None) -> bool:

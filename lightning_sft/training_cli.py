@@ -42,19 +42,14 @@ from lightning_sft.data import InstructionDataModule
 from lightning_sft.device_check import DeviceCheck
 from lightning_sft.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.generation import GenerationConfig
-from lightning_sft.lora import LoRAConfig
+from lightning_sft.loggers import EventsLogger, MetricsFile, folder_of, rewind
+from lightning_sft.lora import LoRAConfig, final_architecture
 from lightning_sft.lora_checkpoint import saved_config
 from lightning_sft.model import get_config
 from lightning_sft.module import SFTModule
 from lightning_sft.prompts import get_style
 from lightning_sft.response_writer import ResponseWriter
-from lightning_sft.run_folder import (
-    EventsLogger,
-    MetricsFile,
-    RunClaim,
-    folder_of,
-    rewind,
-)
+from lightning_sft.run_folder import RunClaim, run_of
 from lightning_sft.signals import StopOnSignal, die_with_parent
 
 # What a config's class_path may name. Anything else, importable or not, is refused: a config is
@@ -338,8 +333,7 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
         arguments = [*_without_option(arguments, "--ckpt_path"), f"--model.weights={checkpoint}"]
     if _option(arguments, "--config") is not None or _option(arguments, "-c") is not None:
         return arguments
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    if (run / "config.yaml").is_file():
+    if (run := run_of(checkpoint)) is not None:
         merged = [] if is_checkpoint else _describe_merged(run / "config.yaml")
         return [f"--config={run / 'config.yaml'}", *merged, *arguments]
     if not is_checkpoint:
@@ -366,8 +360,8 @@ def _describe_merged(config: Path) -> list[str]:
     model = read_config(config).get("model", {})
     if not model.get("lora"):
         return []
-    architecture = dataclasses.asdict(get_config(model["architecture"])) | {"tie_embeddings": False}
-    return ["--model.lora=null", f"--model.architecture={json.dumps(architecture)}"]
+    architecture = json.dumps(dataclasses.asdict(final_architecture(model)))
+    return ["--model.lora=null", f"--model.architecture={architecture}"]
 
 
 def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def _is_near_tie(
     Args:
         along: Logits (len(tokens) + 1, V): row i rates the i-th token of the answer.
     """
-    for place, (theirs, ours) in enumerate(_padded_pairs(answer, tokens)):
+    for place, (theirs, ours) in enumerate(itertools.zip_longest(answer, tokens)):
         if theirs != ours:
             scores = along[place]
             theirs, ours = (END_OF_TEXT if token is None else token for token in (theirs, ours))
@@ -178,11 +178,3 @@ def _is_near_tie(
                 return False  # a vocabulary without end-of-text
             return bool((scores[ours] - scores[theirs]).abs() <= tolerance)
     return True
-
-
-def _padded_pairs(left: list[int], right: list[int]) -> Iterator[tuple[int | None, int | None]]:
-    for place in range(max(len(left), len(right))):
-        yield (
-            left[place] if place < len(left) else None,
-            right[place] if place < len(right) else None,
-        )

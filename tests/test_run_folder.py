@@ -15,15 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sft.errors import InputError
-from lightning_sft.run_folder import (
-    COLUMNS,
-    EventsLogger,
-    MetricsFile,
-    RunClaim,
-    next_version,
-    rewind,
-    version_numbers,
-)
+from lightning_sft.loggers import COLUMNS, EventsLogger, MetricsFile, rewind
+from lightning_sft.run_folder import RunClaim, newest_run, next_version, run_of, version_numbers
 
 
 @pytest.fixture
@@ -93,6 +86,25 @@ def test_version_numbers(tmp_path):
         (tmp_path / name).mkdir()
     assert version_numbers(tmp_path) == [0, 9, 10]
     assert version_numbers(tmp_path / "missing") == []
+
+
+def test_the_newest_run(tmp_path):
+    assert newest_run(tmp_path) is None
+    for name in ("version_9", "version_10", "version_x"):
+        (tmp_path / name).mkdir()
+    assert newest_run(tmp_path) == tmp_path / "version_10"
+
+
+def test_whose_a_file_is(folder):
+    (folder / "checkpoints").mkdir()
+    checkpoint, weights = folder / "checkpoints" / "step-000001.ckpt", folder / "model-sft.pth"
+    assert run_of(checkpoint) is None  # not there
+    for path in (checkpoint, weights):
+        path.touch()
+        assert run_of(path) is None  # there, in a folder that is no run
+    (folder / "config.yaml").touch()
+    assert run_of(checkpoint) == run_of(weights) == folder
+    assert run_of(folder) is None
 
 
 # --- One writer a folder ---
