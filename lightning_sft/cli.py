@@ -40,19 +40,21 @@ TRAINING = {
     "predict": "answer the test split",
 }
 COMMANDS = {
-    "compare": Command("compare", "compare", "weigh the answers of two or more runs"),
-    "evaluate": Command("evaluate", "evaluate", "run lm-eval's tasks on a model"),
-    "export": Command("export", "export", "write a model for transformers, llama.cpp or the book"),
+    "compare": Command("reporting.compare", "compare", "weigh the answers of two or more runs"),
+    "evaluate": Command("evaluating.evaluate", "evaluate", "run lm-eval's tasks on a model"),
+    "export": Command(
+        "exporting.export", "export", "write a model for transformers, llama.cpp or the book"
+    ),
     "inspect": Command("inspect_data", "inspect", "show what the model will see of the data", True),
     "plan": Command("plan", "plan", "estimate what a run will cost in memory and time", True),
     "recipes": Command("recipes", "recipes", "run and compare the chapter's exercises", True),
     "verify-resume": Command(
         "verify_resume", "verify_resume", "show that a killed run goes on exactly", True
     ),
-    "report": Command("report", "report", "make report.html of a run folder"),
-    "score": Command("score", "score", "have another model rate answers from 0 to 100"),
+    "report": Command("reporting.report", "report", "make report.html of a run folder"),
+    "score": Command("judging.score", "score", "have another model rate answers from 0 to 100"),
     "chat": Command("chat", "chat", "answer instructions typed at a terminal"),
-    "serve": Command("serve", "serve", "answer over OpenAI's API, with a page to talk to"),
+    "serve": Command("serving.serve", "serve", "answer over OpenAI's API, with a page to talk to"),
     "download": Command("weight_files", "download_command", "fetch GPT-2's weights for later"),
 }
 

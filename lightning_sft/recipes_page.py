@@ -12,12 +12,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lightning_sft import files, pages
-from lightning_sft.compare import compare
-from lightning_sft.compare_page import describe_comparison
+from lightning_sft import files
+from lightning_sft.judging.summary import SCORES_NAME, read_scores, summarize
 from lightning_sft.metrics import METRICS, TITLES, measure
+from lightning_sft.reporting import pages
+from lightning_sft.reporting.compare import compare
+from lightning_sft.reporting.compare_page import describe_comparison
 from lightning_sft.responses import Response, read_responses
-from lightning_sft.score_summary import SCORES_NAME, read_scores, summarize
 
 LOSS_NAME = "response-loss.json"  # of `recipes loss`
 SESSIONS_NAME = "sessions.jsonl"  # what each process that trained took
@@ -162,7 +163,7 @@ def render_recipes(
         ),
         pages.section("Reports", f"<ul>{links}</ul>"),
     ]
-    return pages.build_page(f"{folder.name} — recipes", "".join(body), "page.js")
+    return pages.build_page(f"{folder.name} — recipes", "".join(body))
 
 
 def _entries(responses: Sequence[Response]) -> list[Any]:

@@ -16,8 +16,8 @@ import torch
 from lightning_sft.generation import generate
 from lightning_sft.model import GPTConfig, GPTModel
 from lightning_sft.prompts import PromptStyle, get_style
-from lightning_sft.serve import listen
-from lightning_sft.server import Server, build_server
+from lightning_sft.serving.serve import listen
+from lightning_sft.serving.server import Server, build_server
 from lightning_sft.tokenizer import gpt2_tokenizer
 
 SMALL = GPTConfig(vocab_size=50257, context_length=256, emb_dim=32, n_heads=4, n_layers=2)

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lightning_sft.chat_template import jinja_template, ollama_template
 from lightning_sft.entries import Entry
+from lightning_sft.exporting.chat_template import jinja_template, ollama_template
 from lightning_sft.prompts import STYLES, PromptStyle, get_style
 
 ODD = PromptStyle(

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer, Status
 
-from lightning_sft.blind_vote import FORMAT, fingerprint, first_run_is_left, read_votes
-from lightning_sft.compare import compare, load_runs
 from lightning_sft.errors import IncompleteError, InputError
-from lightning_sft.judge import JudgeConfig
-from lightning_sft.pairwise import combine, parse_choice
+from lightning_sft.judging.judge import JudgeConfig
+from lightning_sft.judging.pairwise import combine, parse_choice
+from lightning_sft.judging.score import score
+from lightning_sft.reporting.blind_vote import FORMAT, fingerprint, first_run_is_left, read_votes
+from lightning_sft.reporting.compare import compare, load_runs
 from lightning_sft.responses import RESPONSES_NAME, read_responses
-from lightning_sft.score import score
 
 WORDS = list("abcdefghijklmnopqrst")
 

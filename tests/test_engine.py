@@ -12,10 +12,10 @@ import torch
 from serving import wait_for
 
 from lightning_sft.batch import Batch
-from lightning_sft.engine import Engine, Job, News, QueueFullError, StoppingError
 from lightning_sft.errors import InputError
 from lightning_sft.generation import GenerationConfig, generate
 from lightning_sft.model import GPTModel
+from lightning_sft.serving.engine import Engine, Job, News, QueueFullError, StoppingError
 
 CONTEXT = 32
 PROMPTS = [[(7 * place + k) % 61 for k in range(1 + 5 * place % 12)] for place in range(24)]
@@ -191,7 +191,7 @@ def test_a_cancelled_job_leaves_at_the_next_step(model):
 
 def test_time_is_up(model, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("lightning_sft.engine.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lightning_sft.serving.engine.time.monotonic", lambda: clock[0])
     desk = Desk(model, batch_size=1)
     runs, waits, other = job([1], seconds=10), job([2], seconds=10), job([3], seconds=60)
     desk.engine.submit([runs, waits, other])

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from runs import newest_checkpoint, run, write_config
 
-from lightning_sft import evaluate as evaluate_module
 from lightning_sft.errors import InputError
-from lightning_sft.evaluate import result_rows, write_alpaca_eval
-from lightning_sft.evaluation_file import merge, read_evaluation
-from lightning_sft.report import collect, report
+from lightning_sft.evaluating import evaluate as evaluate_module
+from lightning_sft.evaluating.evaluate import result_rows, write_alpaca_eval
+from lightning_sft.evaluating.evaluation_file import merge, read_evaluation
+from lightning_sft.reporting.report import collect, report
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is missing (extra eval)"
@@ -148,7 +148,7 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
     from lm_eval.tasks import TaskManager
 
     from lightning_sft.chat import load_for_answers
-    from lightning_sft.lm_eval_model import EvalModel
+    from lightning_sft.evaluating.lm_eval_model import EvalModel
 
     out = tmp_path / "exported"
     assert run("export", "--ckpt_path", checkpoint, "--format", "hf", "--out", out) == 0

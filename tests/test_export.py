@@ -21,13 +21,14 @@ from runs import newest_checkpoint, run, write_config, write_data
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning_sft import export as export_module
-from lightning_sft import export_gguf, export_hf, exported_program, verify_export, weights
+from lightning_sft import weights
 from lightning_sft.chat import load_for_answers
 from lightning_sft.entries import Entry, read_entries
 from lightning_sft.errors import InputError, ServiceError
-from lightning_sft.export import check_target, new_folder
-from lightning_sft.export_gguf import (
+from lightning_sft.exporting import export as export_module
+from lightning_sft.exporting import export_gguf, export_hf, exported_program, verify_export
+from lightning_sft.exporting.export import check_target, new_folder
+from lightning_sft.exporting.export_gguf import (
     iterate_gguf,
     modelfile,
     quantize,
@@ -36,14 +37,14 @@ from lightning_sft.export_gguf import (
     unquantize,
     write_gguf,
 )
-from lightning_sft.export_hf import generation_config, hf_config, write_safetensors
-from lightning_sft.exported_program import our_program
+from lightning_sft.exporting.export_hf import generation_config, hf_config, write_safetensors
+from lightning_sft.exporting.exported_program import our_program
+from lightning_sft.exporting.origin import public_name, read_origin
+from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
 from lightning_sft.generation import GenerationConfig, generate
 from lightning_sft.model import ARCHITECTURES, GPTConfig, GPTModel
-from lightning_sft.origin import public_name, read_origin
 from lightning_sft.prompts import get_style
 from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer
-from lightning_sft.verify_export import ask, check, compare, make_prompts, round_model
 from lightning_sft.weights import from_hf, iterate_hf, load_weights, to_hf
 
 SMALL = GPTConfig(vocab_size=97, context_length=48, emb_dim=32, n_heads=4, n_layers=2)

@@ -25,9 +25,9 @@ import requests
 from runs import newest_checkpoint, run
 from test_judge_llama_cpp import link_libraries, package_folder
 
-from lightning_sft import export_gguf
 from lightning_sft.chat import load_for_answers
 from lightning_sft.entries import Entry, read_entries
+from lightning_sft.exporting import export_gguf
 from lightning_sft.files import shipped_folder
 from lightning_sft.generation import generate
 from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer

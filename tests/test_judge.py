@@ -6,8 +6,8 @@ import pytest
 
 from lightning_sft.entries import Entry
 from lightning_sft.errors import InputError
-from lightning_sft.judge import JudgeConfig, environment_key
-from lightning_sft.judge_prompt import load_prompt, parse_reply
+from lightning_sft.judging.judge import JudgeConfig, environment_key
+from lightning_sft.judging.prompt import load_prompt, parse_reply
 
 KEY = "sk-planted0123456789abcdef"
 ENTRY = Entry("What is the plural of 'mouse'?", "", "The plural of 'mouse' is 'mice'.")

@@ -18,12 +18,12 @@ import pytest
 import requests
 from judge_server import Cut, Hang, JudgeServer, Raw, Reset, Says, Status, Trickle
 
-from lightning_sft import judge_client
 from lightning_sft.errors import ServiceError
-from lightning_sft.judge import JudgeConfig
-from lightning_sft.judge_client import Judge
-from lightning_sft.judge_probe import probe
-from lightning_sft.judge_prompt import load_prompt
+from lightning_sft.judging import client
+from lightning_sft.judging.client import Judge
+from lightning_sft.judging.judge import JudgeConfig
+from lightning_sft.judging.probe import probe
+from lightning_sft.judging.prompt import load_prompt
 
 KEY = "planted-KEY.0123456789abcdef"
 SCHEMA = load_prompt("chapter").schema()
@@ -169,7 +169,7 @@ def test_retry_after_of_an_hour_is_not_waited_for():
 def test_server_that_is_gone_costs_no_patience_for_ever():
     with JudgeServer("ollama", [Status(500)]) as server:
         judge = Judge(config_for(server, retries=3))
-        for _ in range(judge_client.PATIENCE):
+        for _ in range(client.PATIENCE):
             judge.ask("x", None, 1)
         before = len(server.prompts)
         judge.ask("x", None, 1)
@@ -430,9 +430,9 @@ def test_netrc_is_ignored(monkeypatch, tmp_path: Path, protected):
     netrc.write_text("machine 127.0.0.1\nlogin me\npassword secret\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    monkeypatch.setattr(judge_client, "is_loopback", lambda url: False)  # as for a far server
+    monkeypatch.setattr(client, "is_loopback", lambda url: False)  # as for a far server
     if not protected:  # the negative control
-        monkeypatch.setattr(judge_client, "_Auth", lambda key: None)
+        monkeypatch.setattr(client, "_Auth", lambda key: None)
     with JudgeServer("ollama") as server:
         ask(server)
         headers = server.requests[0]["headers"]
@@ -457,6 +457,6 @@ def test_trickle_ends_at_the_deadline_and_not_by_the_sockets_timeout():
 
 
 def test_endless_reply_is_cut_off(monkeypatch):
-    monkeypatch.setattr(judge_client, "MAX_REPLY_BYTES", 1000)
+    monkeypatch.setattr(client, "MAX_REPLY_BYTES", 1000)
     with JudgeServer("ollama", [Says("x" * 2000)]) as server:
         assert "longer than" in ask(server, retries=0, stream=False).reason

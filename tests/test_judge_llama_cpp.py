@@ -22,14 +22,14 @@ from pathlib import Path
 import pytest
 
 from lightning_sft.errors import IncompleteError, ServiceError
-from lightning_sft.judge import JudgeConfig
-from lightning_sft.judge_client import Judge
-from lightning_sft.judge_probe import probe
-from lightning_sft.judge_prompt import load_prompt, parse_reply
-from lightning_sft.report import report
+from lightning_sft.judging.client import Judge
+from lightning_sft.judging.judge import JudgeConfig
+from lightning_sft.judging.probe import probe
+from lightning_sft.judging.prompt import load_prompt, parse_reply
+from lightning_sft.judging.score import score
+from lightning_sft.judging.summary import read_scores, summarize
+from lightning_sft.reporting.report import report
 from lightning_sft.responses import RESPONSES_NAME, read_responses
-from lightning_sft.score import score
-from lightning_sft.score_summary import read_scores, summarize
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

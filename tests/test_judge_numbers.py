@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_sft.metrics import METRICS, chrf, exact_match, measure, rouge_l, token_f1
-from lightning_sft.significance import (
+from lightning_sft.judging.significance import (
     bootstrap_mean,
     correlate,
     correlate_with_gap,
@@ -19,6 +18,7 @@ from lightning_sft.significance import (
     rank,
     sign_test,
 )
+from lightning_sft.metrics import METRICS, chrf, exact_match, measure, rouge_l, token_f1
 
 
 def books_answers() -> list[tuple[str, str]]:

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer, Raw, Says, Status
 
-from lightning_sft import asking
 from lightning_sft.entries import Entry
 from lightning_sft.errors import IncompleteError, InputError, ServiceError
-from lightning_sft.judge import JudgeConfig
-from lightning_sft.judge_prompt import load_prompt
+from lightning_sft.judging import asking
+from lightning_sft.judging.judge import JudgeConfig
+from lightning_sft.judging.prompt import load_prompt
+from lightning_sft.judging.score import score
+from lightning_sft.judging.significance import correlate, correlate_with_gap
+from lightning_sft.judging.summary import read_scores, summarize
 from lightning_sft.responses import read_responses
-from lightning_sft.score import score
-from lightning_sft.score_summary import read_scores, summarize
-from lightning_sft.significance import correlate, correlate_with_gap
 
 KEY = "planted-KEY.0123456789abcdef"
 PROTOCOLS = pytest.mark.parametrize("protocol", ["ollama", "openai"])
@@ -175,8 +175,8 @@ def test_torn_last_line_of_a_kill(tmp_path):
 def run_until(path: Path, server: JudgeServer, prompts: int, delay: float) -> bool:
     """Score in a process of its own; SIGKILL soon after so many prompts. True if it ended first."""
     program = (
-        "import sys; from pathlib import Path; from lightning_sft.score import score;"
-        "from lightning_sft.judge import JudgeConfig;"
+        "import sys; from pathlib import Path; from lightning_sft.judging.score import score;"
+        "from lightning_sft.judging.judge import JudgeConfig;"
         "score(Path(sys.argv[1]), JudgeConfig('ollama', sys.argv[2], concurrency=2), controls=0)"
     )
     process = subprocess.Popen(

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from lightning_sft import likelihood
 from lightning_sft.errors import InputError
+from lightning_sft.evaluating import likelihood
+from lightning_sft.evaluating.likelihood import Request, score, write_until
 from lightning_sft.generation import GenerationConfig, generate
-from lightning_sft.likelihood import Request, score, write_until
 from lightning_sft.model import GPTConfig
 from lightning_sft.tokenizer import gpt2_tokenizer
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer
 
-from lightning_sft import pages
-from lightning_sft.charts import bar_chart, line_chart
 from lightning_sft.errors import IncompleteError, InputError
-from lightning_sft.judge import JudgeConfig
-from lightning_sft.report import collect, report
+from lightning_sft.judging.judge import JudgeConfig
+from lightning_sft.judging.score import score
+from lightning_sft.reporting import pages
+from lightning_sft.reporting.charts import bar_chart, line_chart
+from lightning_sft.reporting.report import collect, report
 from lightning_sft.responses import RESPONSES_NAME
-from lightning_sft.score import score
 
 EVIL = (
     '</script><script>pwned()</script><img src="http://evil/x" onerror="pwned()"> & '
@@ -321,10 +321,12 @@ def imports_of(arguments: list[str]) -> tuple[set[str], float]:
 
 def test_report_needs_no_torch_and_starts_within_a_second(run):
     """Processor time, since the clock on a busy machine says nothing about the program."""
-    program = "import sys; from pathlib import Path; from lightning_sft.report import report;"
+    program = (
+        "import sys; from pathlib import Path; from lightning_sft.reporting.report import report;"
+    )
     names, seconds = imports_of(["-c", program + "report(Path(sys.argv[1]))", str(run)])
     assert not names & set(HEAVY)
-    assert "lightning_sft.report" in names
+    assert "lightning_sft.reporting.report" in names
     assert seconds < 1.5  # importtime itself costs some
 
 

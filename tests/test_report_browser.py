@@ -12,12 +12,12 @@ import pytest
 from browser import EVIL, Select, chromium, webdriver
 from judge_server import JudgeServer
 
-from lightning_sft import pages
-from lightning_sft.compare import compare
-from lightning_sft.judge import JudgeConfig
-from lightning_sft.report import report
+from lightning_sft.judging.judge import JudgeConfig
+from lightning_sft.judging.score import score
+from lightning_sft.reporting import pages
+from lightning_sft.reporting.compare import compare
+from lightning_sft.reporting.report import report
 from lightning_sft.responses import RESPONSES_NAME
-from lightning_sft.score import score
 
 pytestmark = pytest.mark.timeout(120)
 

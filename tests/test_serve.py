@@ -28,8 +28,15 @@ from lightning_sft.entries import Entry
 from lightning_sft.errors import InputError, ServiceError
 from lightning_sft.model import GPTModel
 from lightning_sft.prompts import get_style
-from lightning_sft.serve import TOKEN_VARIABLE, Answers, Limits, check_address, choose_names, listen
-from lightning_sft.serve_answers import Stream
+from lightning_sft.serving.answers import Stream
+from lightning_sft.serving.serve import (
+    TOKEN_VARIABLE,
+    Answers,
+    Limits,
+    check_address,
+    choose_names,
+    listen,
+)
 from lightning_sft.tokenizer import gpt2_tokenizer
 
 openai = pytest.importorskip("openai", reason="the official client is not installed")
@@ -620,7 +627,7 @@ def test_time_is_limited(model, slow):
 
 
 def test_a_body_that_never_comes(served, monkeypatch):
-    monkeypatch.setattr("lightning_sft.serve_app.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("lightning_sft.serving.app.BODY_SECONDS", 0.2)
     with socket.create_connection(urlsplit(served.url).netloc.split(":")) as link:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         link.sendall((head + "Content-Length: 100\r\n\r\n{").encode())
@@ -629,7 +636,7 @@ def test_a_body_that_never_comes(served, monkeypatch):
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch):
     """The stream alone, with a connection that never takes a byte."""
-    monkeypatch.setattr("lightning_sft.serve_answers.STALLED_SECONDS", 0.05)
+    monkeypatch.setattr("lightning_sft.serving.answers.STALLED_SECONDS", 0.05)
     closed: list[bool] = []
     limits = SimpleNamespace(seconds=0.05)
     answering: Any = SimpleNamespace(
@@ -789,7 +796,7 @@ def test_help_needs_no_torch(capsys):
     shown = capsys.readouterr().out
     for option in ("--ckpt_path", "--compare_ckpt_path", "--limits.queue", "--generation.top_p"):
         assert option in shown
-    code = "import lightning_sft.serve, sys; sys.exit('torch' in sys.modules)"
+    code = "import lightning_sft.serving.serve, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
 
 

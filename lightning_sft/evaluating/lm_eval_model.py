@@ -1,0 +1,144 @@
+"""Our model as lm-eval sees one: text in, log-likelihoods or text out.
+
+Only this file imports lm-eval (extra `eval`). Tokens, contexts that overflow and rolling windows
+follow lm-eval's own `hf` model, so that a checkpoint scores here as its exported folder does there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jinja2.sandbox
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from lightning_sft.errors import InputError
+from lightning_sft.evaluating.likelihood import Request, Told, score, write_until
+from lightning_sft.exporting.chat_template import jinja_template
+from lightning_sft.generation import GenerationConfig
+from lightning_sft.model import GPTModel
+from lightning_sft.prompts import PromptStyle
+from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer
+
+DEFAULT_NEW_TOKENS = 256  # as of lm-eval's hf model
+
+
+class EvalModel(TemplateLM):
+    """Answers lm-eval's three questions with a `GPTModel`.
+
+    Args:
+        style: For tasks that are asked through the chat template.
+        batch_size: Requests computed side by side.
+    """
+
+    def __init__(self, model: GPTModel, style: PromptStyle, batch_size: int = 16) -> None:
+        super().__init__()
+        self.model, self.style, self.batch_size = model, style, batch_size
+        self.bpe = gpt2_tokenizer()
+
+    @property
+    def eot_token_id(self) -> int:
+        return END_OF_TEXT
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.context_length
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        return self.bpe.encode(string)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        asked = [Request(context, continuation) for _, context, continuation in requests]
+        with _bar(len(asked), "Rating", disable_tqdm) as told:
+            return score(self.model, asked, self.batch_size, told)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts; long ones in windows that rate every token once."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            cut = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, cut):
+                windows.append(Request(context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        with _bar(len(windows), "Rating", disable_tqdm) as told:
+            rated = score(self.model, windows, self.batch_size, told)
+        for owner, (total, _) in zip(owners, rated, strict=True):
+            totals[owner] += total
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        groups: dict[str, list[int]] = {}  # requests of the same settings
+        for place, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(place)
+        texts = [""] * len(requests)
+        with _bar(len(requests), "Writing", disable_tqdm) as told:
+            for places in groups.values():
+                stops, config = self._settings(requests[places[0]].args[1])
+                contexts = [self.tok_encode(requests[p].args[0]) for p in places]
+                contexts = [ids or [self.prefix_token_id] for ids in contexts]
+                written = write_until(self.model, contexts, stops, config, told)
+                for place, text in zip(places, written, strict=True):
+                    texts[place] = text
+        return texts
+
+    def _settings(self, given: dict[str, Any]) -> tuple[list[str], GenerationConfig]:
+        kwargs = normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS)
+        stops = handle_stop_sequences(kwargs.pop("until", None), eos="<|endoftext|>")
+        config = GenerationConfig(
+            max_new_tokens=kwargs.pop("max_gen_toks"),
+            temperature=kwargs.pop("temperature", 0.0) if kwargs.pop("do_sample", False) else 0.0,
+            top_k=kwargs.pop("top_k", None) or None,
+            top_p=kwargs.pop("top_p", None),
+            batch_size=self.batch_size,
+        )
+        kwargs.pop("temperature", None)
+        if kwargs:
+            raise InputError(f"task: the generation setting {min(kwargs)!r} is not supported here")
+        return [stop for stop in stops if stop], config
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"gpt2-{self.style.name}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return jinja_template(self.style) if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
+        environment.globals["raise_exception"] = _refuse
+        return environment.from_string(jinja_template(self.style)).render(
+            messages=chat_history, add_generation_prompt=add_generation_prompt
+        )
+
+
+def _refuse(message: str) -> None:
+    raise InputError(f"task: {message}")
+
+
+@contextlib.contextmanager
+def _bar(total: int, what: str, hidden: bool) -> Iterator[Told]:
+    with tqdm(total=total, desc=what, unit="request", disable=hidden) as bar:
+        yield bar.update

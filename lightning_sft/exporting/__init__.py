@@ -1,0 +1,1 @@
+"""A checkpoint → the files of other programs, proven to be the same model."""

@@ -1,0 +1,183 @@
+"""`export`: a trained model as files that other programs load.
+
+    python -m lightning_sft export --ckpt_path STEP.ckpt --format hf --out exported --verify
+
+`pth` is the book's own file, `hf` a folder for transformers, `gguf` a file for llama.cpp. The
+folder appears whole or not at all: it is written beside its final name, checked if asked to, and
+renamed. An older export is replaced; any other folder that holds something is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_sft import files
+from lightning_sft.chat import load_for_answers
+from lightning_sft.checkpoint import model_name
+from lightning_sft.errors import InputError
+from lightning_sft.exporting.export_gguf import GGUFType, load_gguf, modelfile, write_gguf
+from lightning_sft.exporting.export_hf import write_hf
+from lightning_sft.exporting.exported_program import our_program
+from lightning_sft.exporting.model_card import model_card
+from lightning_sft.exporting.origin import Origin, read_origin
+from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
+from lightning_sft.model import GPTModel
+from lightning_sft.prompts import PromptStyle
+from lightning_sft.weights import book_state_dict
+
+Format = Literal["pth", "hf", "gguf"]
+MARK = "export.json"  # says that a folder is an export, and of which files it consists
+
+
+def export(
+    *,
+    ckpt_path: str,
+    format: Format,
+    out: Path,
+    verify: bool = False,
+    gguf_type: GGUFType = "f32",
+    architecture: str | dict[str, Any] | None = None,
+    prompt_style: str | dict[str, str] | None = None,
+    header_in_prompt: bool | None = None,
+) -> None:
+    """Write a trained model for other programs.
+
+    Args:
+        ckpt_path: A checkpoint, or weights (.pth, .safetensors, folder, or a name such as
+            gpt2-medium), which also need an architecture.
+        format: pth (the book's code), hf (transformers) or gguf (llama.cpp).
+        out: The folder to make; an earlier export in it is replaced.
+        verify: Load the export again and compare its greedy tokens and logits with the model's.
+        gguf_type: How a GGUF keeps matrices; f16 and q8_0 are smaller and round.
+        architecture: For weights that do not say it themselves.
+        prompt_style: For weights away from their run folder; alpaca by default.
+        header_in_prompt: Likewise.
+
+    Raises:
+        InputError: No such model, or `out` holds something else.
+        ServiceError: The disk failed, or the export is not the model it was made from.
+    """
+    out = Path(out).expanduser().resolve()
+    check_target(out)
+    if format == "gguf":
+        load_gguf()  # not after a minute's work
+    elif gguf_type != "f32":
+        raise InputError(f"export: --gguf_type {gguf_type} is for --format gguf only")
+    origin = read_origin(ckpt_path)
+    model, style = load_for_answers(ckpt_path, architecture, prompt_style, header_in_prompt)
+    with new_folder(out) as folder:
+        file = _write(model, style, origin, format, gguf_type, folder)
+        card = model_card(model.config, style, origin, format, file)
+        with files.atomic_write(folder / "README.md") as readme:
+            readme.write(card)
+        if verify:
+            _verify(model, style, format, gguf_type, folder)
+        written = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files.write_json(folder / MARK, {"format": format, "name": origin.name, "files": written})
+    for name, size in written.items():
+        print(f"  {name:<24} {size:>14,} bytes")
+    print(f"exported to {out}")
+
+
+def check_target(out: Path) -> None:
+    """Refuse to write over anything but an export.
+
+    Raises:
+        InputError: `out` is a file, or a folder that holds something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"out: {out} is not a folder")
+    if out == Path.cwd():
+        raise InputError(f"out: {out} is the working directory, which cannot be replaced")
+    found = {path.name for path in out.iterdir()}
+    try:
+        known = {MARK, *json.loads((out / MARK).read_text("utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = set()
+    if others := sorted(found - known):
+        raise InputError(
+            f"out: {out} holds {others[0]}, which is not of an export; give a new or empty folder"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when the block ends without an error.
+
+    Raises:
+        ServiceError: It cannot be written or renamed; `out` is as it was.
+    """
+    mark = secrets.token_hex(4)
+    temporary = out.with_name(f".{out.name}.{mark}.tmp")
+    old = out.with_name(f".{out.name}.{mark}.old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.exists():
+            out.rename(old)  # two renames: a kill between them leaves the old export as .old
+        try:
+            temporary.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise files.disk_error(out, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    model: GPTModel,
+    style: PromptStyle,
+    origin: Origin,
+    format: Format,
+    gguf_type: GGUFType,
+    folder: Path,
+) -> str:
+    """Write the format's own files; the name of the one with the weights."""
+    if format == "hf":
+        write_hf(model, style, origin.generation, folder)
+        return "model.safetensors"
+    if format == "gguf":
+        file = f"{origin.name}-{gguf_type}.gguf"
+        write_gguf(model, style, origin.name, folder / file, gguf_type)
+        with files.atomic_write(folder / "Modelfile") as recipe:
+            recipe.write(modelfile(style, model.config, origin.generation, file))
+        return file
+    file = f"{model_name(model.config)}-sft.pth"
+    with files.atomic_write(folder / file, "wb") as weights:
+        torch.save(book_state_dict(model), weights)
+    files.write_json(folder / "config.json", dataclasses.asdict(model.config))
+    return file
+
+
+def _verify(
+    model: GPTModel, style: PromptStyle, format: Format, gguf_type: GGUFType, folder: Path
+) -> None:
+    """Compare the export with the model, whose weights are rounded as the export's are."""
+    prompts, length = make_prompts(style, model.config), model.config.context_length
+    expected = ask(our_program(model), prompts, length)
+    if gguf_type != "f32":
+        round_model(model, gguf_type)
+        rounded = our_program(model, f"rounded to {gguf_type}")
+        effect = compare(rounded, expected, length)
+        print(
+            f"rounding to {gguf_type}: {effect.same} of {effect.count} greedy answers stay, "
+            f"logits move by up to {effect.difference:.1e}"
+        )
+        expected = ask(rounded, prompts, length)
+    model.to("meta")  # its memory is the export's now
+    print(f"verified: {check(folder, format, expected, length)}")

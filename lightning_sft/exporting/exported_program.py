@@ -1,0 +1,129 @@
+"""A model in the program that holds it: ours, or an export loaded by what it is for.
+
+`verify_export.py` asks both the same and compares.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_sft.errors import ServiceError
+from lightning_sft.exporting.export_gguf import read_gguf, to_hf_names
+from lightning_sft.generation import generate
+from lightning_sft.model import GPTConfig, GPTModel
+from lightning_sft.weights import from_hf, load_weights
+
+_MASK = re.compile(r"trf_blocks\.\d+\.att\.mask")
+
+
+@dataclass(frozen=True)
+class Program:
+    """Something that holds a model: logits (T, V) of ids, and its own greedy continuation."""
+
+    name: str
+    logits: Callable[[list[int]], torch.Tensor]
+    greedy: Callable[[list[int], int], list[int]]
+
+
+def our_program(model: GPTModel, name: str = "this package") -> Program:
+    """A `GPTModel` as something to ask."""
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor([ids], device=model.tok_emb.weight.device))[0].cpu()
+
+    return Program(name, logits, lambda ids, n: generate(model, [ids], max_new_tokens=n)[0])
+
+
+def readers(format: str) -> list[Callable[[Path], Program]]:
+    """What loads an export: our own code by the letter of the files, then the program itself.
+
+    Both, because transformers 5 forgives a config that ties a head which is not tied; earlier
+    versions and other programs go by the config, and lose the head.
+    """
+    if format == "hf" and importlib.util.find_spec("transformers") is not None:
+        return [_load_hf, load_transformers]
+    return [{"pth": _load_pth, "hf": _load_hf, "gguf": _load_gguf}[format]]
+
+
+def _load_pth(folder: Path) -> Program:
+    """Into the book's names, and each of them; also the causal masks that its code expects."""
+    (path,) = folder.glob("*.pth")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    config = GPTConfig(**json.loads((folder / "config.json").read_text("utf-8")))
+    masks = [state.pop(name) for name in [*state] if _MASK.fullmatch(name)]
+    wanted = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
+    if len(masks) != config.n_layers or not all(torch.equal(mask, wanted) for mask in masks):
+        raise ServiceError(f"verify: {path.name} lacks the causal masks of the book's code")
+    return our_program(_assemble(config, state), "the book's names")
+
+
+def _load_hf(folder: Path) -> Program:
+    facts = json.loads((folder / "config.json").read_text("utf-8"))
+    config = GPTConfig(
+        vocab_size=facts["vocab_size"],
+        context_length=facts["n_positions"],
+        emb_dim=facts["n_embd"],
+        n_heads=facts["n_head"],
+        n_layers=facts["n_layer"],
+        tie_embeddings=facts["tie_word_embeddings"],
+    )
+    with torch.device("meta"):
+        model = GPTModel(config)
+    load_weights(model, str(folder))
+    return our_program(model.eval(), "this package; transformers is not installed")
+
+
+def load_transformers(folder: Path) -> Program:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(input_ids=torch.tensor([ids])).logits[0]
+
+    def greedy(ids: list[int], count: int) -> list[int]:
+        given = torch.tensor([ids])
+        said = model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=count,
+            do_sample=False,
+        )[0].tolist()[len(ids) :]
+        end = model.generation_config.eos_token_id
+        return said[: said.index(end)] if end in said else said
+
+    return Program(f"transformers {transformers.__version__}", logits, greedy)
+
+
+def _load_gguf(folder: Path) -> Program:
+    (path,) = folder.glob("*.gguf")
+    fields, tensors = read_gguf(path)
+    config = GPTConfig(
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        context_length=fields["gpt2.context_length"],
+        emb_dim=fields["gpt2.embedding_length"],
+        n_heads=fields["gpt2.attention.head_count"],
+        n_layers=fields["gpt2.block_count"],
+    )
+    state = from_hf(to_hf_names(tensors), config)
+    state.setdefault("out_head.weight", state["tok_emb.weight"])
+    return our_program(_assemble(config, state), "the GGUF read back")
+
+
+def _assemble(config: GPTConfig, state: dict[str, Any]) -> GPTModel:
+    """A model of these very tensors; every name must be there, and no other."""
+    with torch.device("meta"):
+        model = GPTModel(config)
+    model.load_state_dict(state, assign=True)
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Metrics, answers and scores → pages, plots and comparisons."""

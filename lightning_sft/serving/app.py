@@ -1,0 +1,230 @@
+"""The routes of `serve`: OpenAI's API and the page, around one engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lightning_sft.prompts import PromptStyle
+from lightning_sft.serving.answers import Answering, Hub, Stream
+from lightning_sft.serving.engine import Engine
+from lightning_sft.serving.gate import to_response
+from lightning_sft.serving.openai_reply import to_json
+from lightning_sft.serving.openai_request import (
+    ApiError,
+    Rules,
+    find_model,
+    read_ask,
+    read_json,
+    render,
+)
+from lightning_sft.serving.serve import Limits
+from lightning_sft.tokenizer import GPT2Tokenizer
+
+BODY_SECONDS = 30.0  # in which a request's body must have arrived
+LONGEST_TOKEN = 128  # characters; GPT-2's longest is as many spaces
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model of the server."""
+
+    style: PromptStyle
+    context_length: int
+    created: int
+
+
+class Service:
+    """The routes.
+
+    Args:
+        page: HTML of the page at `/`.
+        new_seed: Makes one for a request that has none.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        hub: Hub,
+        models: Mapping[str, Served],
+        rules: Rules,
+        limits: Limits,
+        tokenizer: GPT2Tokenizer,
+        page: str,
+        new_seed: Callable[[], int],
+    ) -> None:
+        self.engine, self.hub, self.models, self.rules = engine, hub, models, rules
+        self.limits, self.tokenizer, self.new_seed = limits, tokenizer, new_seed
+        self._page = page
+
+    def app(self) -> Starlette:
+        """All routes."""
+        routes = [
+            Route("/", self.show_page),
+            Route("/health", self.health),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.show_model),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/chat/prompt", self.prompt, methods=["POST"]),
+        ]
+        handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error}
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def show_page(self, request: Request) -> Response:
+        return Response(self._page, media_type="text/html")
+
+    async def health(self, request: Request) -> Response:
+        """200 while answers can be had; for load balancers, so it needs no token."""
+        engine = self.engine
+        status = "stopping" if engine.draining else "ok" if engine.alive else "failed"
+        counts = {"running": engine.running, "waiting": engine.waiting}
+        code = 200 if status == "ok" else 503
+        return _json({"status": status, **counts}, code)
+
+    async def list_models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [self._describe(name) for name in self.models]})
+
+    async def show_model(self, request: Request) -> Response:
+        name = find_model({"model": request.path_params["name"]}, self.models)
+        return _json(self._describe(name))
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, chat=True)
+
+    async def complete(self, request: Request) -> Response:
+        return await self._answer(request, chat=False)
+
+    async def prompt(self, request: Request) -> Response:
+        """The text that a chat request's model would be given; nothing is generated."""
+        body = await self._read(request)
+        model = find_model(body, self.models)
+        text = render(body, self.models[model].style)
+        ids = await self._encode(text)
+        return _json(
+            {
+                "object": "chat.prompt",
+                "model": model,
+                "prompt": text,
+                "prompt_tokens": len(ids),
+                "context_length": self.models[model].context_length,
+            }
+        )
+
+    async def _answer(self, request: Request, chat: bool) -> Response:
+        ask = read_ask(await self._read(request), self.rules, chat)
+        prompts = [p if isinstance(p, list) else await self._encode(p) for p in ask.prompts]
+        for prompt in prompts:
+            self._check_ids(prompt, self.models[ask.model].context_length)
+        answering = Answering(self, ask, prompts, self.new_seed() if ask.seed is None else ask.seed)
+        if ask.stream:
+            return Stream(answering)
+        answering.watch(request.receive)
+        texts = [""] * len(prompts)
+        try:
+            async for choice, text in answering.pieces():
+                texts[choice.index] += text
+            return _json(answering.envelope.whole(texts, answering.choices))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        finally:
+            answering.close()
+
+    async def _read(self, request: Request) -> dict[str, Any]:
+        """The body, no longer and no slower than allowed."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "Send the body as Content-Type: application/json.")
+        most = self.limits.body_bytes
+        too_large = ApiError(413, f"The body is larger than {most} bytes.", code="body_too_large")
+        length = request.headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit() or int(length) > most:
+            raise too_large
+        body = bytearray()
+
+        async def collect() -> None:
+            async for chunk in request.stream():
+                body.extend(chunk)
+                if len(body) > most:
+                    raise too_large
+
+        try:
+            await asyncio.wait_for(collect(), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "The body took too long.", code="timeout") from None
+        return read_json(bytes(body))
+
+    async def _encode(self, text: str) -> list[int]:
+        if len(text) > self.limits.prompt_tokens * LONGEST_TOKEN:
+            raise self._too_long(f"over {self.limits.prompt_tokens}")
+        if len(text) < 10_000:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)  # others need not wait for it
+
+    def _check_ids(self, prompt: list[int], context_length: int) -> None:
+        if len(prompt) > self.limits.prompt_tokens:
+            raise self._too_long(str(len(prompt)))
+        if not all(0 <= token < self.tokenizer.vocab_size for token in prompt):
+            message = f"prompt holds a token id outside 0 to {self.tokenizer.vocab_size - 1}."
+            raise ApiError(400, message, param="prompt", code="invalid_value")
+        if len(prompt) >= context_length:
+            raise ApiError(
+                400,
+                f"The prompt has {len(prompt)} tokens, which leaves no room for an answer in the "
+                f"model's context of {context_length}.",
+                code="context_length_exceeded",
+            )
+
+    def _too_long(self, length: str) -> ApiError:
+        message = f"The prompt has {length} tokens; at most {self.limits.prompt_tokens} here."
+        return ApiError(400, message, code="context_length_exceeded")
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        model, rules = self.models[name], self.rules
+        return {
+            "id": name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "lightning_sft",
+            "context_length": model.context_length,
+            "prompt_style": model.style.name,
+            "defaults": {
+                "max_tokens": min(rules.max_new_tokens, rules.max_tokens),
+                "temperature": rules.temperature,
+                "top_p": rules.top_p,
+                "top_k": rules.top_k,
+                "seed": rules.seed,
+            },
+            "limits": {"max_tokens": rules.max_tokens},
+        }
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return to_response(error)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    reasons = {
+        404: f"There is nothing at {request.url.path:.100}.",
+        405: "Wrong method for this path.",
+    }
+    response = to_response(
+        ApiError(error.status_code, reasons.get(error.status_code, error.detail))
+    )
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(to_json(value), status, media_type="application/json")

@@ -1,0 +1,170 @@
+"""OpenAI's API, the way out: tokens as they come → replies and stream chunks in the API's shapes.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import time
+import uuid
+from typing import Any, Protocol
+
+from lightning_sft.answer_text import AnswerText
+from lightning_sft.serving.openai_request import Ask
+
+# Why an answer ends → the API's word. An answer cut by the clock is cut for its length.
+FINISH_REASONS = {"stop": "stop", "length": "length", "time": "length"}
+
+
+class Likelihood(Protocol):
+    """Log-probability of a token and of the likeliest in its place; `engine.Likelihood` is one."""
+
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> list[tuple[int, float]]: ...
+
+
+class Pieces(Protocol):
+    """What is needed of a tokenizer."""
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class Choice:
+    """One answer in the making: its text, its token count and what became known of its tokens."""
+
+    def __init__(self, index: int, ask: Ask, text: AnswerText, tokenizer: Pieces) -> None:
+        self.index, self.ask, self.text, self.tokenizer = index, ask, text, tokenizer
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+        self._likelihoods: list[dict[str, Any]] = []  # not sent yet
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def take(self, token: int | None, likelihood: Likelihood | None, end: str | None) -> str:
+        """Text that has become certain."""
+        piece = ""
+        if token is not None:
+            self.num_tokens += 1
+            content = self.tokenizer.token_bytes(token)
+            piece = self.text.add(content)
+            if likelihood is not None:
+                self._likelihoods.append(self._describe(content, likelihood))
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        elif end is not None:
+            piece += self.text.finish()
+            stopped = self.text.stopped  # by a stop string that was found in the rest
+            self.finish_reason = "stop" if stopped else FINISH_REASONS[end]
+        return piece
+
+    def take_logprobs(self) -> dict[str, Any] | None:
+        """Those of the tokens since the last call, in the shape of the API that was asked."""
+        if self.ask.top_logprobs is None:
+            return None
+        tokens, self._likelihoods = self._likelihoods, []
+        if self.ask.chat:
+            return {"content": [token["chat"] for token in tokens], "refusal": None}
+        return {
+            "tokens": [token["chat"]["token"] for token in tokens],
+            "token_logprobs": [token["chat"]["logprob"] for token in tokens],
+            "top_logprobs": [token["top"] for token in tokens] if self.ask.top_logprobs else None,
+            "text_offset": [token["offset"] for token in tokens],
+        }
+
+    def _describe(self, content: bytes, likelihood: Likelihood) -> dict[str, Any]:
+        offset = self._offset
+        self._offset += len(self._decoder.decode(content))
+        top = [(self.tokenizer.token_bytes(token), value) for token, value in likelihood.top]
+        return {
+            "chat": _name(content, likelihood.logprob)
+            | {"top_logprobs": [_name(token, value) for token, value in top]},
+            "top": {token.decode("utf-8", "replace"): value for token, value in top},
+            "offset": offset,
+        }
+
+
+class Envelope:
+    """What all parts of one reply share: id, time, model, kind."""
+
+    def __init__(self, ask: Ask, prompt_tokens: int) -> None:
+        self.ask, self.prompt_tokens = ask, prompt_tokens
+        self.head = {
+            "id": ("chatcmpl-" if ask.chat else "cmpl-") + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": ask.model,
+        }
+
+    def whole(self, texts: list[str], choices: list[Choice]) -> dict[str, Any]:
+        """The reply to a request that does not stream."""
+        parts = []
+        for text, choice in zip(texts, choices, strict=True):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            part: dict[str, Any] = {"message": message} if self.ask.chat else {"text": text}
+            part |= {"index": choice.index, "logprobs": choice.take_logprobs()}
+            parts.append(part | {"finish_reason": choice.finish_reason})
+        kind = "chat.completion" if self.ask.chat else "text_completion"
+        return self.head | {"object": kind, "choices": parts, "usage": self.usage(choices)}
+
+    def opening(self, choice: Choice) -> bytes:
+        """Chat's first chunk, which says who speaks."""
+        return self._chunk(choice, {"role": "assistant", "content": ""}, None, None)
+
+    def piece(self, choice: Choice, text: str) -> bytes:
+        """New text."""
+        return self._chunk(choice, {"content": text}, choice.take_logprobs(), None)
+
+    def closing(self, choice: Choice) -> bytes:
+        """A choice's last chunk, with the reason."""
+        return self._chunk(choice, {}, choice.take_logprobs(), choice.finish_reason)
+
+    def usage_chunk(self, choices: list[Choice]) -> bytes:
+        return event(
+            self.head | {"object": self._chunk_kind, "choices": [], "usage": self.usage(choices)}
+        )
+
+    def usage(self, choices: list[Choice]) -> dict[str, int]:
+        written = sum(choice.num_tokens for choice in choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": written,
+            "total_tokens": self.prompt_tokens + written,
+        }
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.ask.chat else "text_completion"
+
+    def _chunk(
+        self, choice: Choice, delta: dict[str, str], logprobs: Any, reason: str | None
+    ) -> bytes:
+        part: dict[str, Any] = {"index": choice.index}
+        part |= {"delta": delta} if self.ask.chat else {"text": delta.get("content", "")}
+        if logprobs is not None and not any(logprobs.values()):
+            logprobs = None
+        part |= {"logprobs": logprobs, "finish_reason": reason}
+        value = self.head | {"object": self._chunk_kind, "choices": [part]}
+        if self.ask.include_usage:
+            value |= {"usage": None}
+        return event(value)
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def to_json(value: Any) -> bytes:
+    """ASCII, so that half a surrogate pair in somebody's text breaks nothing."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _name(token: bytes, logprob: float) -> dict[str, Any]:
+    return {
+        "token": token.decode("utf-8", "replace"),
+        "logprob": logprob,
+        "bytes": list(token),
+    }
