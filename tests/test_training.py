@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,6 +231,25 @@ def test_the_saved_weights_load_in_the_books_model(tmp_path: Path) -> None:
     ours.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
     ids = torch.randint(0, 50257, (2, 17), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(book.eval()(ids), ours.eval()(ids), atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is meant")
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_of_large_gradients_is_kept_from_step_to_step(kept: bool) -> None:
+    """40 MB is above what glibc keeps by itself, and 9,766 pages."""
+    code = (
+        "import resource, sys, torch\n"
+        "from lightning_sft.module import keep_freed_memory\n"
+        "if sys.argv[1] == 'True': keep_freed_memory()\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.ones(10_000_000)\n"
+        "before = faults()\n"
+        "for _ in range(5): torch.ones(10_000_000)\n"
+        "print(faults() - before)"
+    )
+    command = [sys.executable, "-c", code, str(kept)]
+    faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert faults < 20_000 if kept else faults > 45_000  # a hole of the right size may come late
 
 
 @pytest.mark.slow
