@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmark import DoneError, Recorder, describe_machine, train_ours
+from benchmark import describe_machine
+from benchmark_training import DoneError, Recorder, train_ours
 
 from lightning_sft.entries import BOOK_DATA_URL
 

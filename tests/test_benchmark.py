@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import benchmark
 import pytest
 import runs
 import torch
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -40,7 +28,7 @@ def run(tmp_path: Path) -> Namespace:
     )
 
 
-def test_every_loop_trains_on_the_same_targets(benchmark: ModuleType, run: Namespace) -> None:
+def test_every_loop_trains_on_the_same_targets(run: Namespace) -> None:
     pytest.importorskip("llms_from_scratch")
     pytest.importorskip("transformers")
     measure = benchmark.measure_training
@@ -61,14 +49,14 @@ def test_every_loop_trains_on_the_same_targets(benchmark: ModuleType, run: Names
     assert 0 < results["ours"]["overhead"] < 0.9
 
 
-def test_too_little_data_is_an_error(benchmark: ModuleType, run: Namespace) -> None:
+def test_too_little_data_is_an_error(run: Namespace) -> None:
     pytest.importorskip("transformers")
     run.steps = 5
     with pytest.raises(SystemExit, match="before 5 steps"):
         benchmark.measure_training(benchmark.train_transformers, run, bf16=False)
 
 
-def test_a_padded_prompt_is_answered_like_one_alone(benchmark: ModuleType, run: Namespace) -> None:
+def test_a_padded_prompt_is_answered_like_one_alone(run: Namespace) -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     answer = benchmark.answer_transformers(run, bf16=False)
@@ -76,7 +64,7 @@ def test_a_padded_prompt_is_answered_like_one_alone(benchmark: ModuleType, run: 
 
 
 @pytest.mark.parametrize("prepare", ["answer_ours", "answer_chapter", "answer_transformers"])
-def test_answers_never_end_early(benchmark: ModuleType, run: Namespace, prepare: str) -> None:
+def test_answers_never_end_early(run: Namespace, prepare: str) -> None:
     package = {"answer_ours": "lightning_sft", "answer_chapter": "llms_from_scratch"}
     pytest.importorskip(package.get(prepare, "transformers"))
     options = {} if prepare == "answer_chapter" else {"bf16": False}
@@ -91,9 +79,7 @@ def test_answers_never_end_early(benchmark: ModuleType, run: Namespace, prepare:
     )
 
 
-def test_peers_take_turns(
-    benchmark: ModuleType, run: Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peers_take_turns(run: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
     def start_job(part: str, name: str, run: Namespace) -> dict[str, Any]:
@@ -115,7 +101,6 @@ def test_peers_take_turns(
 
 
 def test_a_peer_that_is_not_installed_is_named(
-    benchmark: ModuleType,
     run: Namespace,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -126,7 +111,7 @@ def test_a_peer_that_is_not_installed_is_named(
     assert capsys.readouterr().out == "skipped: TRL fp32 (no_such_package is not installed)\n"
 
 
-def test_the_table_compares_medians(benchmark: ModuleType) -> None:
+def test_the_table_compares_medians() -> None:
     rounds = [{"rate": rate, "peak_gb": 2.0, "overhead": 0.02} for rate in (30.0, 10.0, 20.0)]
     chapter = [{"rate": 5.0, "peak_gb": 3.0, "products": 0.5}]
     table = benchmark.tabulate("training", {"ours fp32": rounds, "chapter fp32": chapter})
@@ -136,7 +121,7 @@ def test_the_table_compares_medians(benchmark: ModuleType) -> None:
     ]
 
 
-def test_generation_is_compared_at_equal_rows(benchmark: ModuleType) -> None:
+def test_generation_is_compared_at_equal_rows() -> None:
     rates = {"ours fp32 × 8": 80.0, "ours fp32 × 110": 200.0}
     rates |= {"transformers fp32 × 8": 40.0, "chapter fp32 × 1": 4.0}
     results = {name: [{"rate": rate}] for name, rate in rates.items()}
@@ -145,7 +130,7 @@ def test_generation_is_compared_at_equal_rows(benchmark: ModuleType) -> None:
     assert lines[5].endswith("| 50.00× | – |")
 
 
-def test_the_chart_is_drawn(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_the_chart_is_drawn(tmp_path: Path) -> None:
     results = {"training": {"ours fp32": [{"rate": 2.0}], "chapter fp32": [{"rate": 1.0}]}}
     benchmark.draw(results, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
