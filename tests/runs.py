@@ -53,6 +53,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
+        "loss_curve": {"num_batches": 1},
         "generation": {"max_new_tokens": 8},
         "run": {"dir": str(folder / "runs"), "name": "tiny"},
     }

@@ -137,6 +137,7 @@ def test_two_ranks_resume_to_the_bit(tmp_path: Path) -> None:
         data__batch_size=2,
         trainer__devices=2,
         trainer__strategy="ddp",
+        trainer__max_epochs=1,
         checkpoints={"every_n_steps": 3},
     )
     assert run_apart("fit", "--config", config, "--run.name=whole", cwd=tmp_path)[0] == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,30 @@ def fit_until_done(config: Path, max_tries: int = 6) -> int:
 SCHEDULE = {"class_path": "lightning_sft.WarmupCosine", "init_args": {"warmup": 0.2}}
 
 
+def make_config(folder: Path, accumulate: int, workers: int) -> Path:
+    return write_config(
+        folder,
+        model__architecture__drop_rate=0.1,
+        model__lr_scheduler=SCHEDULE,
+        trainer__accumulate_grad_batches=accumulate,
+        data__num_workers=workers,
+        checkpoints__every_n_steps=1 if accumulate > 1 else 3,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run folder of a run without workers that was never stopped, by its accumulation."""
+
+    @functools.cache
+    def run_once(accumulate: int) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        fit(make_config(folder, accumulate, workers=0))
+        return folder / "runs/tiny/version_0"
+
+    return run_once
+
+
 @pytest.mark.parametrize(
     ("accumulate", "workers", "stops"),
     [
@@ -65,25 +91,17 @@ SCHEDULE = {"class_path": "lightning_sft.WarmupCosine", "init_args": {"warmup": 
 def test_resumed_equals_uninterrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[[int], Path],
     accumulate: int,
     workers: int,
     stops: tuple[int, ...],
 ) -> None:
-    config = write_config(
-        tmp_path,
-        model__architecture__drop_rate=0.1,
-        model__lr_scheduler=SCHEDULE,
-        trainer__accumulate_grad_batches=accumulate,
-        data__num_workers=workers,
-        checkpoints__every_n_steps=1 if accumulate > 1 else 3,
-    )
-    fit(config)
+    whole = undisturbed(accumulate)
     stop_before(monkeypatch, *stops)
-    config.write_text(config.read_text().replace("name: tiny", "name: stopped"))
-    assert fit_until_done(config) == len(stops) + 1
+    assert fit_until_done(make_config(tmp_path, accumulate, workers)) == len(stops) + 1
 
-    whole, resumed = tmp_path / "runs/tiny/version_0", tmp_path / "runs/stopped/version_0"
-    assert not (tmp_path / "runs/stopped/version_1").exists()  # it went on in its own folder
+    resumed = tmp_path / "runs/tiny/version_0"
+    assert not (tmp_path / "runs/tiny/version_1").exists()  # it went on in its own folder
     expected, got = load(newest_checkpoint(whole)), load(newest_checkpoint(resumed))
     assert got["global_step"] == expected["global_step"] == (4 if accumulate > 1 else 16)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "tokens_seen", "epoch"):
