@@ -742,6 +742,8 @@ def test_sigterm_lets_a_running_answer_finish(weights, model, tmp_path):
 
 def test_ctrl_c_once_finishes_and_twice_does_not(weights, model, slow, capsys):
     """The whole command in this thread, a client in another."""
+    # Python leaves SIGINT ignored where it was at its start, as in a shell's background job.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ends: list[str] = []
@@ -766,6 +768,7 @@ def test_ctrl_c_once_finishes_and_twice_does_not(weights, model, slow, capsys):
         user.start()
         assert run("serve", *weights, "--port", port, "--device=cpu") == 130
         user.join(timeout=60)
+    signal.signal(signal.SIGINT, before)
     assert ends == ["length", "The server is stopping."]
     assert "1 answers are being finished" in capsys.readouterr().err
 

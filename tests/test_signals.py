@@ -84,6 +84,7 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     saving = ["--checkpoints.every_n_steps=2", "--checkpoints.keep_last=50"]
     process = spawn("fit", "--config", config, *saving, cwd=tmp_path)
     wait_for(process, "(Step 000006)")
+    process.send_signal(signal.SIGSTOP)  # it holds the lock, however long the other one takes
     try:
         code, _, err = run_apart("fit", "--config", config, "--ckpt_path", "last", cwd=tmp_path)
     finally:

@@ -242,14 +242,15 @@ def test_memory_of_large_gradients_is_kept_from_step_to_step(kept: bool) -> None
         "from lightning_sft.module import keep_freed_memory\n"
         "if sys.argv[1] == 'True': keep_freed_memory()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.ones(10_000_000)\n"
-        "before = faults()\n"
-        "for _ in range(5): torch.ones(10_000_000)\n"
-        "print(faults() - before)"
+        "for _ in range(10):\n"
+        "    before = faults()\n"
+        "    torch.ones(10_000_000)\n"
+        "    print(faults() - before)"
     )
     command = [sys.executable, "-c", code, str(kept)]
-    faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert faults < 20_000 if kept else faults > 45_000  # a hole of the right size may come late
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    faults = min(map(int, out.split()))  # not each: a hole of the right size may come late
+    assert faults < 100 if kept else faults > 9_000
 
 
 @pytest.mark.slow
