@@ -269,8 +269,8 @@ def find_checkpoint(wanted: str, run: Path) -> Path:
             return best
         for path in reversed(saved):
             try:
-                check_whole(path)  # against its sidecar; without one all of it is read
-                read_checkpoint(path, mmap=bool(_facts(path)))
+                check_whole(path)
+                read_checkpoint(path, mmap=True)  # the tensors were digested; torch checks none
             except InputError as error:
                 print(f"skipped: {error}")
                 continue

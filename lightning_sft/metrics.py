@@ -16,7 +16,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from lightning_sft.judging.significance import Interval, bootstrap_mean
+from lightning_sft.significance import Interval, bootstrap_mean
 
 ARTICLES = {"a", "an", "the"}
 

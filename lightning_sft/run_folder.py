@@ -37,10 +37,9 @@ def newest_run(parent: Path) -> Path | None:
 
 def run_of(path: Path) -> Path | None:
     """The run folder that a checkpoint or a weights file is in."""
-    if not path.is_file():  # a name of the hub, or a folder of somebody else's
-        return None
-    around = (path.parent, path.parent.parent) if path.suffix == ".ckpt" else (path.parent,)
-    return next((folder for folder in around if (folder / "config.yaml").is_file()), None)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    # No file: a name of the hub, or a folder of somebody else's.
+    return folder if path.is_file() and (folder / "config.yaml").is_file() else None
 
 
 def next_version(parent: Path) -> Path:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_sft.judging.significance import (
+from lightning_sft.metrics import METRICS, chrf, exact_match, measure, rouge_l, token_f1
+from lightning_sft.significance import (
     bootstrap_mean,
     correlate,
     correlate_with_gap,
@@ -18,7 +19,6 @@ from lightning_sft.judging.significance import (
     rank,
     sign_test,
 )
-from lightning_sft.metrics import METRICS, chrf, exact_match, measure, rouge_l, token_f1
 
 
 def books_answers() -> list[tuple[str, str]]:

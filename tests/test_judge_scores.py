@@ -21,9 +21,9 @@ from lightning_sft.judging import asking
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import load_prompt
 from lightning_sft.judging.score import score
-from lightning_sft.judging.significance import correlate, correlate_with_gap
 from lightning_sft.judging.summary import read_scores, summarize
 from lightning_sft.responses import read_responses
+from lightning_sft.significance import correlate, correlate_with_gap
 
 KEY = "planted-KEY.0123456789abcdef"
 PROTOCOLS = pytest.mark.parametrize("protocol", ["ollama", "openai"])

@@ -105,6 +105,9 @@ def test_whose_a_file_is(folder):
     (folder / "config.yaml").touch()
     assert run_of(checkpoint) == run_of(weights) == folder
     assert run_of(folder) is None
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / checkpoint.name).touch()
+    assert run_of(folder / "elsewhere" / checkpoint.name) is None  # whoever put it there
 
 
 # --- One writer a folder ---

@@ -21,8 +21,8 @@ from typing import Any
 from lightning_sft import files
 from lightning_sft.errors import InputError
 from lightning_sft.judging.asking import Record, is_answered
-from lightning_sft.judging.significance import bootstrap_mean, correlate, sign_test
 from lightning_sft.responses import Response
+from lightning_sft.significance import bootstrap_mean, correlate, sign_test
 
 SCORES_NAME = "scores.jsonl"
 FIELDS = (
