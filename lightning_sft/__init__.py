@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_sft.data import InstructionDataModule, collate
-    from lightning_sft.entries import read_entries, split_entries
-    from lightning_sft.generation import generate
-    from lightning_sft.model import GPTConfig, GPTModel, KVCache
-    from lightning_sft.module import SFTModule, WarmupCosine
+    from lightning_sft.data.datamodule import InstructionDataModule, collate
+    from lightning_sft.data.entries import read_entries, split_entries
+    from lightning_sft.decoding.generation import generate
+    from lightning_sft.models.gpt2 import GPTConfig, GPTModel, KVCache
+    from lightning_sft.training.module import SFTModule, WarmupCosine
 
 __version__ = "0.1.0"
 
@@ -34,17 +34,17 @@ __all__ = [
 ]
 
 _OWNERS = {
-    "GPTConfig": "model",
-    "GPTModel": "model",
-    "InstructionDataModule": "data",
-    "KVCache": "model",
-    "SFTModule": "module",
-    "ShardedStrategy": "sharding",
-    "WarmupCosine": "module",
-    "collate": "data",
-    "generate": "generation",
-    "read_entries": "entries",
-    "split_entries": "entries",
+    "GPTConfig": "models.gpt2",
+    "GPTModel": "models.gpt2",
+    "InstructionDataModule": "data.datamodule",
+    "KVCache": "models.gpt2",
+    "SFTModule": "training.module",
+    "ShardedStrategy": "training.sharding",
+    "WarmupCosine": "training.module",
+    "collate": "data.datamodule",
+    "generate": "decoding.generation",
+    "read_entries": "data.entries",
+    "split_entries": "data.entries",
 }
 
 

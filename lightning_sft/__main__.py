@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 
-from lightning_sft.cli import run_command
-from lightning_sft.errors import LightningSFTError, hide_keys
+from lightning_sft.commands.cli import run_command
+from lightning_sft.common.errors import LightningSFTError, hide_keys
 
 
 def main(argv: list[str] | None = None) -> int:

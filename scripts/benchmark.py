@@ -42,8 +42,7 @@ from benchmark_training import (
     train_transformers,
     train_trl,
 )
-
-from lightning_sft.entries import BOOK_DATA_URL
+from lightning_sft.data.entries import BOOK_DATA_URL
 
 # Name → function and options. A name's first word is whose it is; behind × are the rows.
 PACKAGES = {"chapter": "llms_from_scratch", "TRL": "trl", "ours": "lightning_sft"}

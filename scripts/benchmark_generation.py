@@ -16,8 +16,8 @@ def answer_ours(run: Namespace, *, bf16: bool) -> Answer:
     """`generate`, as under `predict` and `chat`."""
     import torch
 
-    from lightning_sft.generation import generate
-    from lightning_sft.model import GPTModel
+    from lightning_sft.decoding.generation import generate
+    from lightning_sft.models.gpt2 import GPTModel
 
     model = GPTModel(get_config(run)).to(torch.bfloat16 if bf16 else torch.float32)
     ends: dict[str, Any] = {
@@ -63,7 +63,7 @@ def measure_generation(
     prepare: Callable[..., Answer], run: Namespace, rows: int, most: int = 110, **options: Any
 ) -> dict[str, Any]:
     """Answers to the test prompts, or to `most` of them, evenly picked; like lengths together."""
-    from lightning_sft.data import InstructionDataModule
+    from lightning_sft.data.datamodule import InstructionDataModule
 
     data = InstructionDataModule(run.data)
     texts = [data.style.prompt(entry) for entry in data.split("test")][: run.prompts]

@@ -20,9 +20,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from lightning_sft.data import BatchMaker
-from lightning_sft.module import SFTModule
-from lightning_sft.rows import Row
+from lightning_sft.data.datamodule import BatchMaker
+from lightning_sft.data.rows import Row
+from lightning_sft.training.module import SFTModule
 
 
 def main() -> None:

@@ -25,8 +25,7 @@ from typing import Any
 
 from benchmark import describe_machine
 from benchmark_training import DoneError, Recorder, train_ours
-
-from lightning_sft.entries import BOOK_DATA_URL
+from lightning_sft.data.entries import BOOK_DATA_URL
 
 KINDS: dict[str, tuple[str, ...]] = {"full": (), "LoRA": ("lora.yaml",)}
 

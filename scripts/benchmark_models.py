@@ -16,7 +16,7 @@ def peak_memory() -> float:
 
 
 def get_config(run: Namespace) -> Any:
-    from lightning_sft import model
+    from lightning_sft.models import gpt2 as model
 
     return model.get_config(run.architecture)
 

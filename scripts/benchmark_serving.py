@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.tokenizer import gpt2_tokenizer
+from lightning_sft.data.tokenizer import gpt2_tokenizer
 
 WORDS = ["old", "harbour", "winter", "town", "how", "looked", "had", "come", "after", "describe"]
 
@@ -87,7 +87,7 @@ def make_up(options: argparse.Namespace) -> str:
     """Random weights in the book's own format."""
     import torch
 
-    from lightning_sft.model import GPTModel, get_config
+    from lightning_sft.models.gpt2 import GPTModel, get_config
 
     path = options.out / "random.pth"
     torch.manual_seed(0)

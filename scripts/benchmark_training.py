@@ -58,8 +58,8 @@ def train_ours(
     """`lightning_sft fit`; inside are loss, backward with zero_grad, and optimizer."""
     import lightning as L
 
-    from lightning_sft import training_cli
     from lightning_sft.__main__ import main as run_command
+    from lightning_sft.training import cli as training_cli
 
     class Watch(L.Callback):
         on_before_zero_grad = on_before_optimizer_step = recorder.enter  # type: ignore[assignment]
@@ -172,8 +172,8 @@ def train_trl(run: Namespace, recorder: Recorder, *, bf16: bool) -> None:
 
 def row_batches(run: Namespace) -> list[list[list[int]]]:
     """Token ids of the chapter's first batches: to warm up, to time, and one to end on."""
-    from lightning_sft.data import InstructionDataModule
-    from lightning_sft.loader import epoch_order
+    from lightning_sft.data.datamodule import InstructionDataModule
+    from lightning_sft.data.loader import epoch_order
 
     rows = InstructionDataModule(run.data).rows("train")
     order = epoch_order(len(rows), SEED, 0)[: BATCH_SIZE * (run.steps + 2)]
@@ -183,7 +183,7 @@ def row_batches(run: Namespace) -> list[list[list[int]]]:
 
 def padded_batches(run: Namespace, recorder: Recorder) -> Iterator[dict[str, Any]]:
     """The same rows, padded as in the chapter; making a batch is part of its step."""
-    from lightning_sft.data import collate
+    from lightning_sft.data.datamodule import collate
 
     for rows in row_batches(run):
         recorder.start_step()

@@ -17,9 +17,9 @@ import hypothesis
 import pytest
 import torch
 
-from lightning_sft.entries import Entry, read_entries
-from lightning_sft.model import GPTConfig, GPTModel
-from lightning_sft.tokenizer import END_OF_TEXT
+from lightning_sft.data.entries import Entry, read_entries
+from lightning_sft.data.tokenizer import END_OF_TEXT
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 
 # One thread: tiny models gain nothing from more, the processes that tests start have one too, and
 # sums over another number of threads differ in their last bits.

@@ -19,11 +19,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lightning_sft import files
-from lightning_sft.entries import read_entries, read_records
-from lightning_sft.errors import InputError, LightningSFTError, ServiceError
-from lightning_sft.evaluating.evaluation_file import EVALUATION_NAME, merge
-from lightning_sft.responses import responses_path
+from lightning_sft.common import files
+from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
+from lightning_sft.data.entries import read_entries, read_records
+from lightning_sft.runs.evaluation_file import EVALUATION_NAME, merge
+from lightning_sft.runs.responses import responses_path
 
 ALPACA_EVAL_NAME = "alpaca-eval.json"
 # Who fails when a task's data cannot be had; lm-eval hands their errors on as they are.
@@ -80,9 +80,9 @@ def evaluate(
         raise InputError('evaluate: lm-eval is missing: pip install "lightning-sft[eval]"')
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size} is not allowed; it must be >= 1")
-    from lightning_sft.chat import choose_device, load_for_answers
+    from lightning_sft.commands.chat import choose_device, load_for_answers
     from lightning_sft.evaluating.lm_eval_model import EvalModel
-    from lightning_sft.exporting.origin import read_origin
+    from lightning_sft.models.origin import read_origin
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = _find_tasks(names, include_path)

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sft.batch import read_rows
-from lightning_sft.errors import InputError
-from lightning_sft.generation import GenerationConfig, decode, evaluating
-from lightning_sft.model import GPTModel
-from lightning_sft.tokenizer import gpt2_tokenizer
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.tokenizer import gpt2_tokenizer
+from lightning_sft.decoding.batch import read_rows
+from lightning_sft.decoding.generation import GenerationConfig, decode, evaluating
+from lightning_sft.models.gpt2 import GPTModel
 
 Told = Callable[[int], object]  # how many requests were finished, for a progress bar
 

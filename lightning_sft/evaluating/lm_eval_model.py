@@ -17,13 +17,13 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from lightning_sft.errors import InputError
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.chat_template import jinja_template
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.evaluating.likelihood import Request, Told, score, write_until
-from lightning_sft.exporting.chat_template import jinja_template
-from lightning_sft.generation import GenerationConfig
-from lightning_sft.model import GPTModel
-from lightning_sft.prompts import PromptStyle
-from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from lightning_sft.models.gpt2 import GPTModel
 
 DEFAULT_NEW_TOKENS = 256  # as of lm-eval's hf model
 

@@ -20,19 +20,19 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_sft import files
-from lightning_sft.chat import load_for_answers
-from lightning_sft.checkpoint import model_name
-from lightning_sft.errors import InputError
+from lightning_sft.commands.chat import load_for_answers
+from lightning_sft.common import files
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.exporting.export_gguf import GGUFType, load_gguf, modelfile, write_gguf
 from lightning_sft.exporting.export_hf import write_hf
 from lightning_sft.exporting.exported_program import our_program
 from lightning_sft.exporting.model_card import model_card
-from lightning_sft.exporting.origin import Origin, read_origin
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
-from lightning_sft.model import GPTModel
-from lightning_sft.prompts import PromptStyle
-from lightning_sft.weights import book_state_dict
+from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.loading import book_state_dict
+from lightning_sft.models.origin import Origin, read_origin
+from lightning_sft.training.checkpoint import model_name
 
 Format = Literal["pth", "hf", "gguf"]
 MARK = "export.json"  # says that a folder is an export, and of which files it consists

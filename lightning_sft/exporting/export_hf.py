@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from lightning_sft.errors import InputError
-from lightning_sft.exporting.chat_template import jinja_template
-from lightning_sft.files import atomic_write, write_json
-from lightning_sft.generation import GenerationConfig
-from lightning_sft.model import GPTConfig, GPTModel
-from lightning_sft.prompts import PromptStyle
-from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer, read_vocabulary_file
-from lightning_sft.weights import iterate_hf
+from lightning_sft.common.errors import InputError
+from lightning_sft.common.files import atomic_write, write_json
+from lightning_sft.data.chat_template import jinja_template
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer, read_vocabulary_file
+from lightning_sft.decoding.generation import GenerationConfig
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.loading import iterate_hf
 
 END_TOKEN = "<|endoftext|>"
 

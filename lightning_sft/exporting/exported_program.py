@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from lightning_sft.errors import ServiceError
+from lightning_sft.common.errors import ServiceError
+from lightning_sft.decoding.generation import generate
 from lightning_sft.exporting.export_gguf import read_gguf, to_hf_names
-from lightning_sft.generation import generate
-from lightning_sft.model import GPTConfig, GPTModel
-from lightning_sft.weights import from_hf, load_weights
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.loading import from_hf, load_weights
 
 _MASK = re.compile(r"trf_blocks\.\d+\.att\.mask")
 

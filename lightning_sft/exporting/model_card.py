@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from lightning_sft.checkpoint import model_name
-from lightning_sft.entries import Entry
-from lightning_sft.exporting.origin import Origin
-from lightning_sft.model import GPTConfig
-from lightning_sft.prompts import PromptStyle
-from lightning_sft.weight_files import REPOSITORIES
+from lightning_sft.data.entries import Entry
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.models.files import REPOSITORIES
+from lightning_sft.models.gpt2 import GPTConfig
+from lightning_sft.models.origin import Origin
+from lightning_sft.training.checkpoint import model_name
 
 PACKAGES = ("lightning-sft", "torch", "lightning", "transformers", "gguf")
 EXAMPLE = Entry("Rewrite the sentence in the past tense.", "She walks to school.", "")

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from lightning_sft.entries import Entry
-from lightning_sft.errors import LightningSFTError, ServiceError
+from lightning_sft.common.errors import LightningSFTError, ServiceError
+from lightning_sft.data.entries import Entry
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from lightning_sft.exporting.export_gguf import GGUFType, quantize, tensor_type, unquantize
 from lightning_sft.exporting.exported_program import Program, readers
-from lightning_sft.model import GPTConfig, GPTModel
-from lightning_sft.prompts import PromptStyle
-from lightning_sft.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 
 NUM_TOKENS = 24  # of each answer
 # Float32 sums differ by their order: an absolute part, and one for models of large logits.

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_sft import files
-from lightning_sft.errors import ServiceError
+from lightning_sft.common import files
+from lightning_sft.common.errors import ServiceError
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import Verdict
 

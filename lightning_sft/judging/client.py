@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import requests
 import urllib3
 
-from lightning_sft.errors import ServiceError, hide_keys
+from lightning_sft.common.errors import ServiceError, hide_keys
 from lightning_sft.judging.judge import JudgeConfig, environment_key, is_loopback
 from lightning_sft.judging.protocol import (
     PassingError,

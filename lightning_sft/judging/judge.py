@@ -15,7 +15,7 @@ import urllib.parse
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_sft.errors import KEY_SHAPE, InputError
+from lightning_sft.common.errors import KEY_SHAPE, InputError
 
 # What keys look like: OpenAI's and its imitators', Hugging Face's, Anthropic's and Google's.
 KEY_ADVICE = (

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from lightning_sft.judging.asking import Form, Question, ask_all
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import PLACEHOLDER, Verdict, question_of
-from lightning_sft.responses import Response
+from lightning_sft.runs.responses import Response
 
 PROMPT = """\
 Which of two answers to an instruction is better? Correct beats incorrect, complete beats partial. \

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 
-from lightning_sft.errors import ServiceError
+from lightning_sft.common.errors import ServiceError
 from lightning_sft.judging.client import CONNECT_TIMEOUT, Judge
 from lightning_sft.judging.protocol import PassingError, RefusedError, chat_path, model_names
 

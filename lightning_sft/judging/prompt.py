@@ -21,9 +21,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_sft.entries import Entry
-from lightning_sft.errors import InputError
-from lightning_sft.prompts import get_style
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.entries import Entry
+from lightning_sft.data.prompts import get_style
 
 # Section 7.8, word for word.
 CHAPTER = (

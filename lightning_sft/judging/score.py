@@ -18,11 +18,12 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_sft.entries import read_records
-from lightning_sft.errors import IncompleteError, InputError, ServiceError
+from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
+from lightning_sft.data.entries import read_records
 from lightning_sft.judging.asking import Form, Question, Record, ask_all
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import JudgePrompt, load_prompt, parse_reply
+from lightning_sft.judging.significance import correlate, correlate_with_gap
 from lightning_sft.judging.summary import (
     SCORES_NAME,
     answer_scores,
@@ -31,8 +32,7 @@ from lightning_sft.judging.summary import (
     read_scores,
     summarize,
 )
-from lightning_sft.responses import Response, as_list, read_responses, responses_path
-from lightning_sft.significance import correlate, correlate_with_gap
+from lightning_sft.runs.responses import Response, as_list, read_responses, responses_path
 
 EMPTY_RULE = "empty response: the lowest score by rule"
 

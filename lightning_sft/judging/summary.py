@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lightning_sft import files
-from lightning_sft.errors import InputError
+from lightning_sft.common import files
+from lightning_sft.common.errors import InputError
 from lightning_sft.judging.asking import Record, is_answered
-from lightning_sft.responses import Response
-from lightning_sft.significance import bootstrap_mean, correlate, sign_test
+from lightning_sft.judging.significance import bootstrap_mean, correlate, sign_test
+from lightning_sft.runs.responses import Response
 
 SCORES_NAME = "scores.jsonl"
 FIELDS = (

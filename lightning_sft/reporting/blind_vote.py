@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_sft.errors import InputError
+from lightning_sft.common.errors import InputError
 from lightning_sft.reporting import pages
-from lightning_sft.responses import Response
+from lightning_sft.runs.responses import Response
 
 FORMAT = "lightning_sft votes 1"
 CHOICES = ("left", "right", "tie")

@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_sft import files
-from lightning_sft.errors import IncompleteError, InputError
+from lightning_sft.common import files
+from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.judging.judge import JudgeConfig
+from lightning_sft.judging.metrics import METRICS, measure
 from lightning_sft.judging.pairwise import judge_pairs
+from lightning_sft.judging.significance import bootstrap_mean, length_controlled_win_rate, sign_test
 from lightning_sft.judging.summary import (
     SCORES_NAME,
     answer_scores,
@@ -27,11 +29,9 @@ from lightning_sft.judging.summary import (
     read_scores,
     summarize,
 )
-from lightning_sft.metrics import METRICS, measure
 from lightning_sft.reporting.blind_vote import build_vote_page, read_votes
 from lightning_sft.reporting.compare_page import describe_comparison, render_comparison
-from lightning_sft.responses import Response, as_list, read_responses, responses_path
-from lightning_sft.significance import bootstrap_mean, length_controlled_win_rate, sign_test
+from lightning_sft.runs.responses import Response, as_list, read_responses, responses_path
 
 WORST = 10  # regressions listed per run
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from lightning_sft.metrics import TITLES
+from lightning_sft.judging.metrics import TITLES
 from lightning_sft.reporting import pages
-from lightning_sft.responses import Response
+from lightning_sft.runs.responses import Response
 
 PREFERENCES = {
     "scores": "Judge's scores, the higher one wins",

@@ -19,8 +19,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.metrics import METRICS, TITLES
-from lightning_sft.significance import Interval
+from lightning_sft.judging.metrics import METRICS, TITLES
+from lightning_sft.judging.significance import Interval
 
 FOLDER = Path(__file__).parent
 SCRIPT = FOLDER / "page.js"  # of the pages with a table of answers

@@ -21,15 +21,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sft import files
-from lightning_sft.errors import InputError, hide_keys
-from lightning_sft.evaluating.evaluation_file import EVALUATION_NAME, read_evaluation
+from lightning_sft.common import files
+from lightning_sft.common.errors import InputError, hide_keys
+from lightning_sft.judging.metrics import measure
+from lightning_sft.judging.metrics import summarize as summarize_metrics
 from lightning_sft.judging.summary import SCORES_NAME, answer_scores, read_scores, summarize
-from lightning_sft.metrics import measure
-from lightning_sft.metrics import summarize as summarize_metrics
 from lightning_sft.reporting.charts import Point
 from lightning_sft.reporting.report_page import render
-from lightning_sft.responses import RESPONSES_NAME, Response, read_responses
+from lightning_sft.runs.evaluation_file import EVALUATION_NAME, read_evaluation
+from lightning_sft.runs.responses import RESPONSES_NAME, Response, read_responses
 
 PACKAGES = ("lightning-sft", "torch", "lightning", "tiktoken", "numpy")
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from lightning_sft.judging.metrics import TITLES
+from lightning_sft.judging.significance import Interval
 from lightning_sft.judging.summary import CONTROLS, verdict
-from lightning_sft.metrics import TITLES
 from lightning_sft.reporting import pages
 from lightning_sft.reporting.charts import bar_chart, line_chart
-from lightning_sft.significance import Interval
 
 # Which columns of metrics.csv share a picture, and what they are called there.
 CHARTS = {

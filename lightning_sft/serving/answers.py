@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lightning_sft.answer_text import AnswerText
-from lightning_sft.errors import InputError
-from lightning_sft.generation import GenerationConfig
+from lightning_sft.common.errors import InputError
+from lightning_sft.decoding.answer_text import AnswerText
+from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.serving.engine import Job, News, QueueFullError, StoppingError
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.openai_reply import Choice, Envelope, event

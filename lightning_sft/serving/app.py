@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lightning_sft.prompts import PromptStyle
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import GPT2Tokenizer
 from lightning_sft.serving.answers import Answering, Hub, Stream
 from lightning_sft.serving.engine import Engine
 from lightning_sft.serving.gate import to_response
@@ -27,7 +28,6 @@ from lightning_sft.serving.openai_request import (
     render,
 )
 from lightning_sft.serving.serve import Limits
-from lightning_sft.tokenizer import GPT2Tokenizer
 
 BODY_SECONDS = 30.0  # in which a request's body must have arrived
 LONGEST_TOKEN = 128  # characters; GPT-2's longest is as many spaces

@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sft.batch import Batch
-from lightning_sft.errors import LightningSFTError, hide_keys
-from lightning_sft.generation import GenerationConfig, check_prompts, mix_seed, sample
-from lightning_sft.model import GPTModel
-from lightning_sft.tokenizer import END_OF_TEXT
+from lightning_sft.common.errors import LightningSFTError, hide_keys
+from lightning_sft.data.tokenizer import END_OF_TEXT
+from lightning_sft.decoding.batch import Batch
+from lightning_sft.decoding.generation import GenerationConfig, check_prompts, mix_seed, sample
+from lightning_sft.models.gpt2 import GPTModel
 
 
 class QueueFullError(LightningSFTError):

@@ -11,7 +11,7 @@ import time
 import uuid
 from typing import Any, Protocol
 
-from lightning_sft.answer_text import AnswerText
+from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.serving.openai_request import Ask
 
 # Why an answer ends → the API's word. An answer cut by the clock is cut for its length.

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_sft.entries import Entry
-from lightning_sft.prompts import PromptStyle
+from lightning_sft.data.entries import Entry
+from lightning_sft.data.prompts import PromptStyle
 
 MAX_STOPS = 4
 MAX_SEED = 2**63 - 1

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.errors import InputError, ServiceError
+from lightning_sft.common.errors import InputError, ServiceError
 
 TOKEN_VARIABLE = "LIGHTNING_SFT_SERVE_TOKEN"
 SHORTEST_TOKEN = 16
@@ -143,7 +143,7 @@ def serve(
             )
     with listen(host, port) as listener:
         # Imported here: `serve --help` and a refusal need no torch.
-        from lightning_sft.chat import choose_device, load_for_answers
+        from lightning_sft.commands.chat import choose_device, load_for_answers
         from lightning_sft.serving.server import build_server
 
         place = choose_device(device)

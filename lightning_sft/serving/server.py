@@ -19,8 +19,9 @@ from types import FrameType
 
 import uvicorn
 
-from lightning_sft.model import GPTModel
-from lightning_sft.prompts import PromptStyle
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import gpt2_tokenizer
+from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.serving.answers import Hub
 from lightning_sft.serving.app import Served, Service
 from lightning_sft.serving.chat_page import build_chat_page
@@ -28,7 +29,6 @@ from lightning_sft.serving.engine import Engine
 from lightning_sft.serving.gate import Gate
 from lightning_sft.serving.openai_request import Rules
 from lightning_sft.serving.serve import DEFAULT_ANSWERS, DEFAULT_LIMITS, Answers, Limits
-from lightning_sft.tokenizer import gpt2_tokenizer
 
 
 class Server(uvicorn.Server):

@@ -1,0 +1,1 @@
+"""A command line → one of the other folders."""

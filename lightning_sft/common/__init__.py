@@ -1,0 +1,1 @@
+"""What every folder builds on: failures, files, downloads, configs. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""Files of instruction data → entries → token rows → the seeded order → batches."""

@@ -1,0 +1,82 @@
+"""A prompt style as a chat template: Jinja for transformers and llama.cpp, Go for Ollama.
+
+What the template makes of one user message and an open answer is `PromptStyle.prompt` to the
+character, so that a model is asked elsewhere as it was trained here. For what training never shows:
+
+- an entry's `input` goes into the message as a key of its own (`{"role": "user", "content": …,
+  "input": …}`, which transformers hands on), or behind the instruction in the style's own words;
+- a system (or developer) message is put before the next instruction, an empty line between;
+- earlier questions and answers stand before, each laid out as one training text, with an empty
+  line behind it (a line break for a style with a closing mark, as ChatML);
+- any other role is refused.
+
+    >>> tokenizer.chat_template = jinja_template(get_style("alpaca"))
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+
+from lightning_sft.data.prompts import PromptStyle
+
+_ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+_JINJA = """\
+{{%- set turn = namespace(system='') -%}}
+{{%- for message in messages -%}}
+{{%- if message['role'] in ['system', 'developer'] -%}}
+{{%- set turn.system = turn.system + message['content'] + '\\n\\n' -%}}
+{{%- elif message['role'] == 'user' -%}}
+{{{{- {before} + turn.system + message['content'] + {after} -}}}}
+{{%- set turn.system = '' -%}}
+{{%- if message['input'] -%}}
+{{{{- {before_input} + message['input'] + {after_input} -}}}}
+{{%- endif -%}}
+{{%- elif message['role'] == 'assistant' -%}}
+{{{{- {header} + message['content'] + {end} -}}}}
+{{%- else -%}}
+{{{{- raise_exception('this template knows the roles system, user and assistant only') -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+{{{{- {open_header} -}}}}
+{{%- endif -%}}"""
+
+
+def jinja_template(style: PromptStyle) -> str:
+    """The style as a Jinja template of `messages` and `add_generation_prompt`."""
+    before, after = style.instruction.split("{instruction}")
+    before_input, after_input = style.input.split("{input}")
+    # A header that the model writes itself is part of the answer that a client sends back.
+    header = style.header if style.header_in_prompt else ""
+    return _JINJA.format(
+        before=_quote(before),
+        after=_quote(after),
+        before_input=_quote(before_input),
+        after_input=_quote(after_input),
+        header=_quote(header),
+        end=_quote(style.end + style.turn_end),
+        open_header=_quote(header),
+    )
+
+
+def ollama_template(style: PromptStyle) -> str:
+    """The style as a Go template of Ollama's `.System`, `.Prompt` and `.Response`."""
+    before, after = style.instruction.split("{instruction}")
+    header = style.header if style.header_in_prompt else ""
+    system = "{{ if .System }}{{ .System }}\n\n{{ end }}"
+    question = _go(before) + system + "{{ .Prompt }}" + _go(after + header)
+    return question + "{{ .Response }}" + _go(style.end + style.turn_end)
+
+
+def _quote(text: str) -> str:
+    """A Jinja string literal."""
+    return "'" + "".join(_ESCAPES.get(character, character) for character in text) + "'"
+
+
+def _go(text: str) -> str:
+    """Text of a Go template within a Modelfile's triple quotes."""
+    plain = "{{" not in text and '"' not in text
+    return text if plain else "{{ " + json.dumps(text, ensure_ascii=False) + " }}"

@@ -1,0 +1,403 @@
+"""Rows → batches, and the LightningDataModule around the splits.
+
+`collate` is the chapter's: one end-of-text token behind every row, padding on the right, targets
+shifted by one, `-100` where there is no loss. `pack` lays the same rows out without padding and,
+with `share_prefix`, without computing what rows have in common more than once; the loss and its
+gradient are the same.
+
+    >>> collate([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]])["targets"]
+    tensor([[    1,     2,     3,     4, 50256],
+            [    6, 50256,  -100,  -100,  -100],
+            [    8,     9, 50256,  -100,  -100]])
+
+Source: listings 7.4 to 7.6 and exercise 7.2 of "Build a Large Language Model (From Scratch)".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.entries import (
+    BOOK_DATA_URL,
+    Entry,
+    Splits,
+    local_path,
+    read_entries,
+    split_entries,
+)
+from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader, epoch_order
+from lightning_sft.data.prompts import PromptStyle, get_style
+from lightning_sft.data.rows import (
+    OVERLONG_POLICIES,
+    Row,
+    TokenRows,
+    fit_to_length,
+    tokenize_entries,
+)
+from lightning_sft.data.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from lightning_sft.training.loss import IGNORE_INDEX
+
+
+def collate(
+    rows: Sequence[Row | Sequence[int]],
+    *,
+    pad_token_id: int = END_OF_TEXT,
+    eos_token_id: int = END_OF_TEXT,
+    ignore_index: int = IGNORE_INDEX,
+    max_length: int | None = None,
+    mask_prompt: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Pad rows to the longest of the batch and shift them into inputs and targets.
+
+    Padding is masked by length, never by value: end-of-text tokens inside a row keep their loss.
+
+    Args:
+        rows: `Row`s, or plain lists of ids; without their end-of-text token.
+        max_length: Most input tokens; a longer row is cut and then ends without end-of-text.
+        mask_prompt: No loss for the prompt's own tokens (figure 7.13).
+
+    Returns:
+        `input_ids` and `targets`, both (B, T) int64.
+    """
+    sequences = _sequences(rows, eos_token_id, max_length)
+    longest = max(len(ids) for ids, _, _ in sequences) - 1
+    input_ids = torch.full((len(rows), longest), pad_token_id)
+    targets = torch.full((len(rows), longest), ignore_index)
+    for place, (ids, prompt_length, repeated) in enumerate(sequences):
+        row = torch.as_tensor(ids)
+        input_ids[place, : len(ids) - 1] = row[:-1]
+        if not repeated:
+            first = max(prompt_length - 1, 0) if mask_prompt else 0
+            targets[place, first : len(ids) - 1] = row[first + 1 :]
+    return {"input_ids": input_ids, "targets": targets}
+
+
+def pack(
+    rows: Sequence[Row | Sequence[int]],
+    *,
+    share_prefix: bool = False,
+    eos_token_id: int = END_OF_TEXT,
+    ignore_index: int = IGNORE_INDEX,
+    max_length: int | None = None,
+    mask_prompt: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Lay rows end to end, each token once.
+
+    With `share_prefix` the rows form a prefix tree: a token is a child of the one before it, and
+    rows that begin alike walk the same path until they part. Under causal attention a token's
+    state depends on its path alone, so one copy serves all rows exactly, whatever they share.
+
+    Returns:
+        `input_ids` (N,) and `targets` (B, T) as in `collate`, and the layout that `GPTModel` takes:
+        `positions` (N,), `gather` (B, T), `scatter` (N,).
+    """
+    padded = collate(
+        rows,
+        eos_token_id=eos_token_id,
+        ignore_index=ignore_index,
+        max_length=max_length,
+        mask_prompt=mask_prompt,
+    )
+    width = padded["targets"].shape[1]
+    node_of: dict[tuple[int, int], int] = {}
+    input_ids: list[int] = []
+    positions: list[int] = []
+    scatter: list[int] = []
+    gather = torch.zeros(len(rows), width, dtype=torch.int64)
+    for place, (ids, _, _) in enumerate(_sequences(rows, eos_token_id, max_length)):
+        path: list[int] = []
+        parent = -1 if share_prefix else -1 - place  # a root for all rows, or one for each
+        for position, token in enumerate(ids[:-1]):
+            node = node_of.setdefault((parent, token), len(input_ids))
+            if node == len(input_ids):
+                input_ids.append(token)
+                positions.append(position)
+                scatter.append(place * width + position)
+            path.append(node)
+            parent = node
+        gather[place, : len(path)] = torch.tensor(path)
+    return {
+        "input_ids": torch.tensor(input_ids),
+        "targets": padded["targets"],
+        "positions": torch.tensor(positions),
+        "gather": gather,
+        "scatter": torch.tensor(scatter),
+    }
+
+
+def _sequences(
+    rows: Sequence[Row | Sequence[int]], eos_token_id: int, max_length: int | None
+) -> list[tuple[list[int], int, bool]]:
+    """(ids with end-of-text, prompt length, whether the row only fills up) of every row."""
+    sequences = []
+    for row in rows:
+        row = row if isinstance(row, Row) else Row(row)
+        ids = [*map(int, row.ids), eos_token_id]
+        if max_length is not None:
+            ids = ids[: max_length + 1]  # the last input still has its target
+        sequences.append((ids, row.prompt_length, row.index < 0))
+    return sequences
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Rows → one training or validation batch, with the settings of a data module.
+
+    A class rather than a closure, so that worker processes can receive it.
+    """
+
+    max_length: int
+    mask_prompt: bool
+    padding_free: bool
+    share_prefix: bool
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        settings = {"max_length": self.max_length, "mask_prompt": self.mask_prompt}
+        if self.padding_free or self.share_prefix:
+            batch: Batch = dict(pack(rows, share_prefix=self.share_prefix, **settings))  # type: ignore[arg-type]
+        else:
+            batch = dict(collate(rows, **settings))  # type: ignore[arg-type]
+        return batch | {"index": torch.tensor([row.index for row in rows])}
+
+
+def collate_prompts(rows: list[Row]) -> Batch:
+    """Rows → what generation needs: `prompts`, lists of ids, and `index`, the entries' places."""
+    return {
+        "prompts": [list(map(int, row.ids[: row.prompt_length])) for row in rows],
+        "index": [row.index for row in rows],
+    }
+
+
+class InstructionDataModule(L.LightningDataModule):
+    """Instruction data, split, tokenized and batched.
+
+    Args:
+        path: JSON or JSONL file, URL, or the name of a file that the package ships. The chapter's
+            data by default.
+        val_path: Validation entries from a file of their own; `path` is then not cut for them.
+        test_path: Likewise for test entries.
+        field_names: The file's names where they differ, e.g. `{input: context}`.
+        fractions: Shares of train, test and validation, in file order, of `path`.
+        prompt_style: `alpaca`, `phi3`, `chatml`, or a mapping with instruction, input and header.
+        header_in_prompt: Whether the response header is given (true) or generated (false).
+        mask_prompt: Loss on the answer alone (exercise 7.2).
+        max_length: Most tokens of a row.
+        overlong: What happens to longer rows.
+        batch_size: Rows a micro-batch on one device.
+        drop_last: Leave out a last training batch that is not full, as the chapter does.
+        padding_free: Lay rows end to end instead of padding them.
+        share_prefix: Also compute what rows of a batch have in common once; implies
+            `padding_free`. Not with dropout, where rows need states of their own.
+        group_by_length: Rows of like length share a batch; changes the order.
+        num_workers: Processes that batch ahead.
+        seed: Orders the epochs.
+        predict_split: What `predict` answers.
+        predict_batch_size: Prompts answered side by side.
+    """
+
+    def __init__(
+        self,
+        path: str = BOOK_DATA_URL,
+        batch_size: int = 8,
+        seed: int = 123,
+        *,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        field_names: dict[str, str] | None = None,
+        fractions: tuple[float, float, float] = (0.85, 0.10, 0.05),
+        prompt_style: str | dict[str, str] = "alpaca",
+        header_in_prompt: bool = True,
+        mask_prompt: bool = False,
+        max_length: int = 1024,
+        overlong: Literal["truncate", "drop", "error"] = "truncate",
+        drop_last: bool = True,
+        padding_free: bool = False,
+        share_prefix: bool = False,
+        group_by_length: bool = False,
+        num_workers: int = 0,
+        predict_split: Literal["train", "val", "test"] = "test",
+        predict_batch_size: int = 32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(path, str) or not path:
+            raise InputError(f"data.path: {path!r} is not allowed; give a file or URL")
+        sizes = {"batch_size": batch_size, "predict_batch_size": predict_batch_size}
+        for name, value in (sizes | {"max_length": max_length}).items():
+            if value < 1:
+                raise InputError(f"data.{name}: {value} is not allowed; it must be >= 1")
+        if overlong not in OVERLONG_POLICIES:
+            raise InputError(
+                f"data.overlong: unknown {overlong!r}; allowed: {', '.join(OVERLONG_POLICIES)}"
+            )
+        if num_workers < 0:
+            raise InputError(f"data.num_workers: {num_workers} is not allowed; it must be >= 0")
+        self.path, self.val_path, self.test_path = path, val_path, test_path
+        self.field_names, self.fractions = field_names, fractions
+        self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
+        self.tokenizer: Tokenizer = gpt2_tokenizer()
+        self.mask_prompt, self.max_length, self.overlong = mask_prompt, max_length, overlong
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.group_by_length, self.num_workers = group_by_length, num_workers
+        self.predict_split, self.predict_batch_size = predict_split, predict_batch_size
+        self.make_batch = BatchMaker(max_length, mask_prompt, padding_free, share_prefix)
+        self.entries: Splits | None = None
+        self.answered: frozenset[int] = frozenset()  # entries that `predict` need not answer again
+        self._rows: dict[str, TokenRows] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order and content of the batches depend on, for a checkpoint to compare."""
+        trainer = self.trainer
+        return {
+            "data": self.rows("train").fingerprint(),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "mask_prompt": self.mask_prompt,
+            "max_length": self.max_length,
+            "drop_last": self.drop_last,
+            "group_by_length": self.group_by_length,
+            "devices": trainer.world_size if trainer else 1,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches if trainer else 1,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on training where the rest of the run would see other batches.
+
+        Raises:
+            InputError: Names every setting that differs.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        now = self.state_dict()
+        differing = [
+            f"{name} was {state_dict[name]}, is {now[name]}"
+            for name in now
+            if name in state_dict and state_dict[name] != now[name]
+        ]
+        if differing:
+            raise InputError(
+                f"ckpt_path: cannot resume with other batches: {'; '.join(differing)} (to start "
+                "anew from its weights, give the checkpoint as model.weights)"
+            )
+
+    def prepare_data(self) -> None:
+        """Download what is a URL; one process a node does it for all. Assigns nothing."""
+        for path in (self.path, self.val_path, self.test_path):
+            if path is not None:
+                local_path(path)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and cut the entries; tokenizing waits for the first loader that needs a split."""
+        if self.entries is None:
+            self.entries = self._read_splits(require_output=stage != "predict")
+
+    def rows(self, split: str) -> TokenRows:
+        """The tokenized rows of `train`, `val` or `test` that take part in training.
+
+        Raises:
+            InputError: A row breaks the length policy.
+        """
+        if split not in self._rows:
+            rows = tokenize_entries(self.split(split), self.style, self.tokenizer)
+            self._rows[split] = kept = fit_to_length(
+                rows,
+                max_length=self.max_length,
+                overlong=self.overlong,
+                mask_prompt=self.mask_prompt,
+                where=f"{split} split",
+            )
+            too_long = int((rows.lengths > self.max_length).sum())
+            if too_long and (self.trainer is None or self.trainer.is_global_zero):
+                what = "left out" if len(kept) < len(rows) else f"cut to {self.max_length} tokens"
+                print(f"{split} split: {too_long} of {len(rows)} entries are {what}")
+        return self._rows[split]
+
+    def split(self, name: str) -> list[Entry]:
+        """The entries of `train`, `val` or `test`; reads the data if no one has yet."""
+        self.setup()
+        assert self.entries is not None
+        return getattr(self.entries, name)
+
+    def train_dataloader(self) -> TrainLoader:
+        rows = self.rows("train")
+        return TrainLoader(
+            rows,
+            self.make_batch,
+            num_targets=rows.count_targets(self.max_length, self.mask_prompt),
+            num_tokens=rows.lengths.clip(max=self.max_length),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            current_epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            drop_last=self.drop_last,
+            group_by_length=self.group_by_length,
+            num_workers=self.num_workers,
+            **self._device_settings(),
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EvalLoader:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> EvalLoader:
+        """Prompts of the split to answer, those of like length together."""
+        rows = tokenize_entries(self.split(self.predict_split), self.style, self.tokenizer)
+        wanted = [int(i) for i in rows.indices if int(i) not in self.answered] or [0]
+        by_length = sorted(wanted, key=lambda place: int(rows.prompt_lengths[place]))
+        rows = TokenRows.from_rows([rows[place] for place in by_length])
+        settings = self._device_settings() | {"pin_memory": False}  # lists, no tensors
+        return EvalLoader(rows, collate_prompts, batch_size=self.predict_batch_size, **settings)
+
+    def first_batches(self, split: str, count: int) -> list[Batch]:
+        """The first batches of a split, of epoch 0 for training, on any number of devices alike."""
+        rows = self.rows(split)
+        order = epoch_order(len(rows), self.seed, 0) if split == "train" else list(range(len(rows)))
+        size = self.batch_size
+        places = [order[k : k + size] for k in range(0, min(len(order), count * size), size)]
+        return [self.make_batch([rows[place] for place in part]) for part in places]
+
+    def _eval_loader(self, split: str) -> EvalLoader:
+        return EvalLoader(
+            self.rows(split),
+            self.make_batch,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            **self._device_settings(),
+        )
+
+    def _device_settings(self) -> dict[str, Any]:
+        """The running trainer's rank and world size, and whether its device wants pinned memory."""
+        trainer = self.trainer
+        if trainer is None:
+            return {"rank": 0, "world_size": 1, "pin_memory": False}
+        on_cuda = trainer.strategy.root_device.type == "cuda"
+        return {
+            "rank": trainer.global_rank,
+            "world_size": trainer.world_size,
+            "pin_memory": on_cuda,
+        }
+
+    def _read_splits(self, require_output: bool) -> Splits:
+        def read(path: str) -> list[Entry]:
+            return read_entries(path, field_names=self.field_names, require_output=require_output)
+
+        entries = read(self.path)
+        val = read(self.val_path) if self.val_path else None
+        test = read(self.test_path) if self.test_path else None
+        if val is not None and test is not None:
+            return Splits(train=entries, test=test, val=val)
+        own = [name for name, found in (("val", val), ("test", test)) if found is not None]
+        parts = split_entries(entries, self.fractions, may_be_empty=own)
+        if val is None and test is None:
+            return parts
+        # One split has a file of its own: its share of `path` goes to training.
+        if val is not None:
+            return Splits(train=parts.train + parts.val, test=parts.test, val=val)
+        return Splits(train=parts.train + parts.test, test=test or [], val=parts.val)

@@ -1,0 +1,167 @@
+"""Prompt styles: `Entry` → `(prompt, response)` text, and generated text → answer.
+
+The prompt is everything the user supplies, the response header (`### Response:`) included; the
+response is everything the model supplies, up to and including the end-of-text token that batching
+adds. One `PromptStyle` decides this for training, masking, generation and extraction, so the four
+cannot disagree. `header_in_prompt=False` gives the chapter's own arrangement: there the model
+writes the header too, and it is cut off its answer afterwards.
+
+    >>> prompt, response = get_style("alpaca").split(entry)
+
+A style of your own needs no code. In a config:
+
+    data:
+      prompt_style:
+        instruction: "Question: {instruction}"
+        input: "\\nContext: {input}"
+        header: "\\nAnswer: "
+
+Source: figure 7.4, listing 7.2 and exercise 7.1 of "Build a Large Language Model (From Scratch)".
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.entries import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStyle:
+    """How an entry is laid out as text.
+
+    Args:
+        instruction: Opens the prompt; holds `{instruction}` once.
+        input: Follows where the entry has an input; holds `{input}` once.
+        header: Announces the answer.
+        end: Closes the answer, before the end-of-text token.
+        header_in_prompt: Whether the user supplies the header (true) or the model writes it.
+        name: How configs and messages call the style.
+    """
+
+    instruction: str
+    input: str
+    header: str
+    end: str = ""
+    header_in_prompt: bool = True
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        _check_template(self.name, "instruction", self.instruction)
+        _check_template(self.name, "input", self.input)
+        if not self.header:
+            raise InputError(f"prompt_style {self.name}: header is empty; it must announce answers")
+
+    def split(self, entry: Entry) -> tuple[str, str]:
+        """The two texts whose concatenation is the whole training text."""
+        question = self.instruction.replace("{instruction}", entry.instruction)
+        if entry.input:
+            question += self.input.replace("{input}", entry.input)
+        answer = entry.output + self.end
+        if self.header_in_prompt:
+            return question + self.header, answer
+        return question, self.header + answer
+
+    @property
+    def turn_end(self) -> str:
+        """What parts a finished answer from the next question of a conversation."""
+        return "\n" if self.end else "\n\n"
+
+    def prompt(self, entry: Entry) -> str:
+        """What the model is given to answer `entry`."""
+        return self.split(entry)[0]
+
+    def extract(self, generated: str) -> str:
+        """The answer within the text that the model wrote after the prompt.
+
+        Only what the model was trained to write around an answer is removed, once and at its
+        place: a header inside the answer stays (the chapter's `.replace` would cut it out).
+        """
+        answer = generated.strip()
+        if not self.header_in_prompt:
+            answer = answer.removeprefix(self.header.strip()).strip()
+        if self.end.strip():
+            answer = answer.removesuffix(self.end.strip()).strip()
+        return answer
+
+
+def get_style(
+    style: str | Mapping[str, Any] | PromptStyle, header_in_prompt: bool = True
+) -> PromptStyle:
+    """The style of that name, or one made from a config's mapping of `PromptStyle` fields.
+
+    Raises:
+        InputError: Unknown name or field, missing field, or a template without its placeholder.
+    """
+    if isinstance(style, PromptStyle):
+        return dataclasses.replace(style, header_in_prompt=header_in_prompt)
+    if isinstance(style, str):
+        if style not in STYLES:
+            raise InputError(
+                f"prompt_style: unknown style {style!r}; allowed: {', '.join(STYLES)}, or a "
+                "mapping with instruction, input and header"
+            )
+        return dataclasses.replace(STYLES[style], header_in_prompt=header_in_prompt)
+    allowed = {field.name for field in dataclasses.fields(PromptStyle)} - {"header_in_prompt"}
+    unknown = sorted(set(style) - allowed)
+    missing = sorted({"instruction", "input", "header"} - set(style))
+    if unknown or missing:
+        problem = f"unknown field {unknown[0]!r}" if unknown else f"{missing[0]!r} is missing"
+        raise InputError(f"prompt_style: {problem}; allowed: {', '.join(sorted(allowed))}")
+    not_text = sorted(name for name, value in style.items() if not isinstance(value, str))
+    if not_text:
+        raise InputError(f"prompt_style: {not_text[0]!r} must be text")
+    return PromptStyle(**style, header_in_prompt=header_in_prompt)
+
+
+def _check_template(style: str, field: str, template: str) -> None:
+    """Allow the one placeholder, once. Anything else in braces would be a typing error."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError:
+        names = []
+    rest = template.replace("{" + field + "}", "", 1)
+    if names != [field] or "{" in rest or "}" in rest:
+        raise InputError(
+            f"prompt_style {style}: {field} must hold {{{field}}} exactly once and no other "
+            f"placeholder, not {template!r}"
+        )
+
+
+STYLES = {
+    style.name: style
+    for style in (
+        PromptStyle(
+            name="alpaca",
+            instruction=(
+                "Below is an instruction that describes a task. "
+                "Write a response that appropriately completes the request."
+                "\n\n### Instruction:\n{instruction}"
+            ),
+            input="\n\n### Input:\n{input}",
+            header="\n\n### Response:\n",
+        ),
+        # Figure 7.4's layout. Microsoft's own template closes turns with <|end|>, and the code of
+        # exercise 7.1 has "\n<|assistant|>:\n"; neither is what the figure shows. GPT-2 knows none
+        # of these markers as single tokens: they are plain text to it.
+        PromptStyle(
+            name="phi3",
+            instruction="<|user|>\n{instruction}",
+            input="\n{input}",
+            header="\n\n<|assistant|>\n",
+        ),
+        PromptStyle(
+            name="chatml",
+            instruction="<|im_start|>user\n{instruction}",
+            input="\n{input}",
+            header="<|im_end|>\n<|im_start|>assistant\n",
+            end="<|im_end|>",
+        ),
+    )
+}

@@ -1,0 +1,127 @@
+"""Rows decoded side by side over one key-value cache, which may join and leave between steps.
+
+`generation.decode` answers one batch from beginning to end; `engine.py` lets requests come and go.
+Both sample the tokens themselves, from `Batch.logits`.
+
+    >>> batch = Batch(model)
+    >>> batch.join([tokenizer.encode("Hello")])
+    >>> batch.feed(batch.logits.argmax(-1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lightning_sft.data.datamodule import pack
+from lightning_sft.models.gpt2 import GPTModel, KVCache, PackedLayout
+
+
+class Batch:
+    """The rows under way: what they have seen, and what they may say next.
+
+    The model must be in evaluation mode. `logits` (B, V) are those of every row's next token.
+
+    Args:
+        max_length: Most tokens a row will ever hold, where it is known; memory for them is taken
+            at once. Else it grows with the rows, to twice what is needed.
+    """
+
+    def __init__(self, model: GPTModel, max_length: int | None = None) -> None:
+        self.model = model
+        self.max_length = max_length
+        self.cache: KVCache | None = None
+        self.logits = torch.empty(0)
+
+    @torch.inference_mode()
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Read prompts, what they begin with in common once, as new rows behind the old ones."""
+        fresh = self._new_cache(len(prompts), max(map(len, prompts)))
+        logits = self._read(prompts, fresh)
+        if self.cache is None:
+            self.cache, self.logits = fresh, logits
+            return
+        rows = len(self.cache.lengths) + len(prompts)
+        longest = max(self.cache.longest, fresh.longest)
+        self._make_room(self.cache, rows, longest)
+        self.cache.join(fresh)
+        self.logits = torch.cat([self.logits, logits])
+
+    @torch.inference_mode()
+    def feed(self, tokens: torch.Tensor, going_on: Sequence[int] | None = None) -> list[int]:
+        """Give every row its next token (B,); rows whose place is not in `going_on` leave first.
+
+        Returns:
+            For each row its place before: the last rows fill the gaps of those that left.
+        """
+        assert self.cache is not None
+        slots = list(range(len(tokens)))
+        if going_on is not None and len(going_on) < len(tokens):
+            slots = _close_gaps(going_on)
+            if not slots:
+                self.cache, self.logits = None, torch.empty(0)
+                return []
+            kept = torch.tensor(slots, device=tokens.device)
+            tokens = tokens[kept]
+            self.cache.select(kept)
+        self._make_room(self.cache, len(slots), self.cache.longest + 1)
+        hidden = self.model.hidden_states(tokens[:, None], cache=self.cache)
+        self.logits = self.model.out_head(hidden[:, -1])
+        return slots
+
+    def _read(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
+        """Fill an empty cache with the prompts; logits (B, V) of the next tokens."""
+        device = self.model.tok_emb.weight.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        hidden, places = read_rows(self.model, prompts, cache=cache, row_lengths=lengths)
+        last = places[torch.arange(len(prompts), device=device), lengths - 1]
+        return self.model.out_head(hidden[last])
+
+    def _new_cache(self, rows: int, longest: int) -> KVCache:
+        weight = self.model.tok_emb.weight
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        length = self.max_length or longest
+        return KVCache(self.model.config, rows, length, weight.device, dtype)
+
+    def _make_room(self, cache: KVCache, rows: int, longest: int) -> None:
+        """Double what is too small, so that many small steps cost no more than one large one."""
+        have_rows, have_length = cache.room
+        if rows > have_rows or longest > have_length:
+            cache.resize(
+                have_rows if rows <= have_rows else max(rows, 2 * have_rows),
+                have_length
+                if longest <= have_length
+                else min(max(longest, 2 * have_length), self.model.config.context_length),
+            )
+
+
+def read_rows(
+    model: GPTModel, rows: Sequence[Sequence[int]], **cached: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model makes of rows of token ids, each common beginning computed once.
+
+    Args:
+        cached: `cache` and `row_lengths` for `hidden_states`.
+
+    Returns:
+        Hidden states (N, D), and where in them each row's tokens are (B, T).
+    """
+    device = model.tok_emb.weight.device
+    # `pack` makes inputs of all but a row's last token, which here is the end-of-text it added.
+    packed = {k: v.to(device) for k, v in pack(rows, share_prefix=True).items()}
+    layout = PackedLayout(packed["positions"], packed["gather"], packed["scatter"])
+    return model.hidden_states(packed["input_ids"], layout=layout, **cached), layout.gather
+
+
+def _close_gaps(kept: Sequence[int]) -> list[int]:
+    """Which old slot goes to each new one: those that can stay do, the last ones fill the gaps."""
+    staying = set(kept)
+    gone = [slot for slot in range(len(kept)) if slot not in staying]
+    slots = list(range(len(kept)))
+    for slot, filler in zip(gone, (s for s in kept if s >= len(kept)), strict=True):
+        slots[slot] = filler
+    return slots

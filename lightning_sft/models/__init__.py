@@ -1,0 +1,1 @@
+"""Decoders from scratch, their cache, adapters, and weights in and out."""

@@ -1,0 +1,219 @@
+"""LoRA: a frozen model and, beside chosen linear layers, a trained product of two thin matrices.
+
+`W x` becomes `W x + (alpha / rank) · B A x` with A (rank, in) random and B (out, rank) zero, so
+training starts from the base model exactly. A layer keeps the names of its weight and bias; the
+new parameters are `lora_a` and `lora_b` beside them. Merging adds `(alpha / rank) · B A` to `W`
+and leaves a plain `GPTModel`.
+
+    >>> model = GPTModel.from_pretrained("gpt2-small")
+    >>> add_lora(model, LoRAConfig(rank=16, alpha=16))  # 3.5 of 166.5 million parameters train
+    >>> merge_lora(model)
+
+    python -m lightning_sft fit --config gpt2-small.yaml --config lora.yaml
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685);
+appendix E and exercise 7.4 of "Build a Large Language Model (From Scratch)".
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lightning_sft.common.errors import InputError
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel, Linear, get_config
+
+ADAPTERS = ("lora_a", "lora_b")  # the last part of an adapter's parameter names
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers are adapted, and how.
+
+    Args:
+        rank: Rows of A and columns of B.
+        alpha: The product of both is multiplied by alpha / rank.
+        dropout: Probability in [0, 1) with which A's inputs are dropped in training.
+        targets: Patterns of layer names such as `out_head`, `*.W_query` or `trf_blocks.0.*`; by
+            default all linear layers, the head included, as in exercise 7.4.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("*",)
+
+    def check(self) -> None:
+        """Called where the values are used; a parser would hide the reason.
+
+        Raises:
+            InputError: A value is outside its range.
+        """
+        if self.rank < 1:
+            raise InputError(f"model.lora.rank: {self.rank} is not allowed; it must be >= 1")
+        if not 0.0 < self.alpha < math.inf:
+            raise InputError(
+                f"model.lora.alpha: {self.alpha} is not allowed; it must be positive and finite"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"model.lora.dropout: {self.dropout} is outside [0, 1)")
+        if isinstance(self.targets, str) or not self.targets:
+            raise InputError(
+                f"model.lora.targets: {self.targets!r} is not allowed; give a list of name patterns"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as a checkpoint keeps them."""
+        return dataclasses.asdict(self) | {"targets": list(self.targets)}
+
+
+class LoRALinear(Linear):
+    """A frozen linear layer with a trained low-rank product beside it.
+
+    Args:
+        base: The layer; its weight and bias are shared, not copied, and frozen.
+        config: Rank, alpha and dropout.
+        generator: For A; nothing is drawn on the meta device.
+    """
+
+    def __init__(
+        self, base: nn.Linear, config: LoRAConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(
+            base.in_features, base.out_features, bias=base.bias is not None, device="meta"
+        )
+        self.weight, self.bias = base.weight, base.bias
+        base.requires_grad_(False)
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.lora_a = nn.Parameter(base.weight.new_empty(config.rank, base.in_features))
+        self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, config.rank))
+        if not self.lora_a.is_meta:
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide, (low, lora_b) = super().forward(x), self.factors(x)
+        # One kernel: `wide + F.linear(low, lora_b)` would write the product out first.
+        return torch.addmm(wide.flatten(0, -2), low.flatten(0, -2), lora_b.T).view_as(wide)
+
+    def factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two matrices (M, rank) and (out, rank) whose product LoRA adds for inputs (M, in)."""
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return F.linear(dropped, self.lora_a) * self.scale, self.lora_b
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """A plain layer that computes the same; its weight is a new one."""
+        plain = Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        a, b = self.lora_a.to(exact), self.lora_b.to(exact)
+        weight = torch.addmm(self.weight.to(exact), b, a, alpha=self.scale)
+        plain.weight, plain.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
+        return plain
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.lora_a.shape[0]}, scale={self.scale:g}"
+
+
+def add_lora(model: GPTModel, config: LoRAConfig, seed: int = 123) -> GPTModel:
+    """Freeze a model and put adapters beside the layers that the config names.
+
+    Args:
+        model: With its weights; on the meta device only to be counted. Changed in place.
+        seed: Of the adapters; the global random state is left alone.
+
+    Raises:
+        InputError: A value is outside its range, a pattern matches no linear layer, or the model
+            has adapters already.
+    """
+    config.check()
+    if has_lora(model):
+        raise InputError("model.lora: the model has adapters already; merge them first")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = select_layers(list(layers), config.targets)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name in chosen:
+        model.set_submodule(name, LoRALinear(layers[name], config, generator))
+    return model
+
+
+def select_layers(names: list[str], targets: tuple[str, ...]) -> list[str]:
+    """The names that at least one pattern matches.
+
+    Raises:
+        InputError: A pattern matches none.
+    """
+    matched = {pattern: [name for name in names if _matches(name, pattern)] for pattern in targets}
+    for pattern, found in matched.items():
+        if not found:
+            first = [name for name in names if not re.match(r"trf_blocks\.[1-9]", name)]
+            raise InputError(
+                f"model.lora.targets: {pattern!r} matches no layer; the linear layers are "
+                f"{', '.join(first)}, and alike in every block"
+            )
+    return [name for name in names if any(name in found for found in matched.values())]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whole, or from any dot on: `W_query` and `att.*` need not begin with an asterisk."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether any layer is adapted."""
+    return any(isinstance(part, LoRALinear) for part in model.modules())
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter."""
+    return name.rpartition(".")[2] in ADAPTERS
+
+
+def merge_lora(model: GPTModel) -> GPTModel:
+    """Make every adapter part of its layer's weight, in place; a plain model stays as it is.
+
+    An adapted head that was tied to the embedding gets a matrix of its own: the embedding has no
+    part in the adapter. The model's config then says so.
+    """
+    if not has_lora(model):
+        return model
+    model.config = merged_config(model.config, model.out_head)
+    adapted = [name for name, part in model.named_modules() if isinstance(part, LoRALinear)]
+    for name in adapted:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LoRALinear)
+        model.set_submodule(name, layer.merged())  # one layer is there twice at a time
+    return model.requires_grad_(True)
+
+
+def merged_copy(model: GPTModel) -> GPTModel:
+    """The merged model; `model` stays as it is, and what is not adapted is held once for both."""
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return merge_lora(copy.deepcopy(model, dict(shared)))
+
+
+def merged_config(config: GPTConfig, head: nn.Module) -> GPTConfig:
+    """The configuration of a model once its adapters are merged."""
+    untied = isinstance(head, LoRALinear)
+    return dataclasses.replace(config, tie_embeddings=False) if untied else config
+
+
+def final_architecture(model: Mapping[str, Any]) -> GPTConfig:
+    """The architecture of a run's final weights, from the `model` of its config.
+
+    Adapters are merged in them, and an adapted head is the embedding no more.
+    """
+    config = get_config(model["architecture"])
+    return dataclasses.replace(config, tie_embeddings=False) if model.get("lora") else config

@@ -1,0 +1,81 @@
+"""Reading the answers a model gave: `instruction-data-with-response.json` → `Response` objects.
+
+A responses file is the chapter's: a list of objects with `instruction`, `input`, `output` and
+`model_response`. `score`, `compare` and `report` all read it here, so all refuse the same things.
+
+    >>> responses = read_responses("runs/gpt2-medium/version_0")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_sft.data.entries import Entry, read_entries, read_records
+from lightning_sft.common.errors import InputError
+
+RESPONSES_NAME = "instruction-data-with-response.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a model answered to an entry. `text` may be empty."""
+
+    entry: Entry
+    text: str
+
+
+def responses_path(path: str | Path) -> Path:
+    """The responses file itself, where `path` may also be the run folder that holds it."""
+    path = Path(path).expanduser()
+    return path / RESPONSES_NAME if path.is_dir() else path
+
+
+def as_list(paths: Path | list[Path] | None) -> list[Path]:
+    """What an option that takes one file or several was given."""
+    if paths is None:
+        return []
+    return list(paths) if isinstance(paths, list) else [paths]
+
+
+def read_responses(path: str | Path, key: str = "model_response") -> list[Response]:
+    """Read and check a responses file or the one in a run folder.
+
+    Args:
+        key: Field that holds the answer, for example `model 1 response`.
+
+    Raises:
+        InputError: The file is missing or malformed, an entry lacks its wanted output or answer
+            (names the entry), or one entry occurs twice.
+    """
+    path = responses_path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; `lightning_sft predict` writes responses")
+    entries = read_entries(path, require_output=False)
+    records = read_records(path)
+    responses = []
+    first_seen: dict[Response, int] = {}
+    for index, (entry, record) in enumerate(zip(entries, records, strict=True)):
+        where = f"{path}: entry {index}"
+        if not entry.output.strip():
+            raise InputError(f"{where}: 'output' is blank; a score needs the wanted answer")
+        if key not in record:
+            raise InputError(
+                f"{where}: {key!r} is missing (it has {', '.join(map(repr, record))}); "
+                "name the field of the answers with --response_key"
+            )
+        text = record[key]
+        if not isinstance(text, str):
+            raise InputError(f"{where}: {key!r} is {text!r:.40}; it must be text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: {key!r} has a lone surrogate; save it as UTF-8") from None
+        response = Response(entry, text)
+        # The same instruction may well be asked twice with other wanted answers, as in the
+        # chapter's test set. A whole entry twice is what a distributed sampler's padding leaves.
+        if response in first_seen:
+            raise InputError(f"{where}: repeats entry {first_seen[response]}; keep it once")
+        first_seen[response] = index
+        responses.append(response)
+    return responses

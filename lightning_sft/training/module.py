@@ -1,0 +1,431 @@
+"""The LightningModule: batch → loss, metrics, optimizer, schedule.
+
+The loss of an optimizer step is the sum over its supervised tokens divided by their number, over
+all micro-batches of the accumulation window and all ranks. Cutting the same entries into other
+batches therefore gives the same update; averaging each micro-batch first, as is usual, does not.
+On one device without accumulation it is exactly the chapter's loss.
+
+Source: `calc_loss_batch` and `train_model_simple` of chapters 5 and 7 of "Build a Large Language
+Model (From Scratch)".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torchmetrics import Metric
+
+from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.data.loader import Batch
+from lightning_sft.data.prompts import PromptStyle, get_style
+from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
+from lightning_sft.decoding.generation import GenerationConfig, generate
+from lightning_sft.models.files import locate
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel, PackedLayout, get_config, run_block
+from lightning_sft.models.loading import load_weights
+from lightning_sft.models.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    has_lora,
+    is_adapter,
+    merge_lora,
+)
+from lightning_sft.models.lora_checkpoint import check_adapters, identify_base
+from lightning_sft.training.loss import IGNORE_INDEX, sum_cross_entropy
+from lightning_sft.training.sharding import shard
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
+
+
+class SFTModule(L.LightningModule):
+    """Instruction fine-tuning of a `GPTModel`.
+
+    Args:
+        architecture: `gpt2-small`, `-medium`, `-large`, `-xl`, or a mapping of `GPTConfig` fields.
+        weights: Where the model starts: a name as above, a path (folder, .safetensors, .pth,
+            .ckpt), or null for random weights.
+        lora: Freeze the weights and train adapters beside them; a checkpoint then holds these.
+        optimizer: Any of `torch.optim`; fused where the device has it.
+        lr_scheduler: Any of `torch.optim.lr_scheduler`, or `lightning_sft.WarmupCosine`. Stepped
+            after every optimizer step (`ReduceLROnPlateau`: after every validation).
+        activation_checkpointing: Keep only each block's input and compute the rest again in the
+            backward pass: a third more work, a fraction of the activations' memory.
+        compile: Have torch.compile fuse what lies between a block's matrix products in training;
+            needs a C++ compiler on CPUs, and a minute for the first step.
+        prompt_style, header_in_prompt: As in the data; the checkpoint keeps them, so that answers
+            are asked for as they were trained.
+        max_length: The data's; checked against the model's context.
+        generation: How answers are written.
+        seed: Of random weights and dropout.
+    """
+
+    def __init__(
+        self,
+        architecture: str | dict[str, Any] = "gpt2-medium",
+        weights: str | None = "gpt2-medium",
+        lora: LoRAConfig | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=5e-5, weight_decay=0.1
+        ),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        *,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        prompt_style: str | dict[str, str] = "alpaca",
+        header_in_prompt: bool = True,
+        max_length: int | None = None,
+        generation: GenerationConfig | None = None,
+        seed: int = 123,
+    ) -> None:
+        super().__init__()
+        self.config: GPTConfig = get_config(architecture)
+        self.weights, self.seed = weights, seed
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile
+        if isinstance(lora, Mapping):  # from a checkpoint's hyperparameters
+            lora = LoRAConfig(**lora)
+        if lora is not None:
+            lora.check()
+        self.lora = lora
+        self.strict_loading = lora is None  # `on_load_checkpoint` checks adapters itself
+        self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
+        self.tokenizer: Tokenizer = gpt2_tokenizer()
+        if isinstance(generation, Mapping):  # from a checkpoint's hyperparameters
+            generation = GenerationConfig(**generation)
+        self.generation = generation or GenerationConfig()
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        if max_length is not None and max_length > self.config.context_length:
+            raise InputError(
+                f"data.max_length: {max_length} is more than the model's context of "
+                f"{self.config.context_length} tokens"
+            )
+        if self.config.vocab_size < self.tokenizer.vocab_size:
+            raise InputError(
+                f"architecture: vocab_size {self.config.vocab_size} is less than the tokenizer's "
+                f"{self.tokenizer.vocab_size}"
+            )
+        style = dataclasses.asdict(self.style)
+        # Plain values only: a checkpoint is data, and loads with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "architecture": dataclasses.asdict(self.config),
+                # A checkpoint holds them, or else the adapters of these.
+                "weights": locate(weights) if lora else None,
+                "lora": lora.as_dict() if lora else None,
+                "prompt_style": {k: v for k, v in style.items() if k != "header_in_prompt"},
+                "header_in_prompt": self.style.header_in_prompt,
+                "generation": dataclasses.asdict(self.generation),
+                "seed": seed,
+            },
+            logger=False,
+        )
+        self.model: GPTModel | None = None
+        self.base: dict[str, str] = {}  # what the adapters' frozen weights are known by
+        self.tokens_seen = 0
+        self.val_loss = TokenLoss()
+        self.on_answer: Callable[[int, list[int]], None] | None = None
+        self._step_loss = torch.zeros(())
+
+    def configure_model(self) -> None:
+        """Make the model and read its weights, once."""
+        if self.model is not None:
+            return
+        with torch.device("meta"):
+            model = GPTModel(self.config)
+        if self.weights is not None:
+            load_weights(model, self.weights)
+        else:
+            model.materialize()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                model.initialize()
+        if self.lora is not None:
+            add_lora(model, self.lora, self.seed)
+            self.base = identify_base(model)
+        model.recompute = self.activation_checkpointing
+        if self.compile_blocks:
+            # Lengths change from batch to batch: one graph for all of them, not one for each.
+            model.compiled = torch.compile(run_block, dynamic=True)
+        mesh = self.device_mesh  # of a sharded strategy
+        self.model = model if mesh is None else shard(model, mesh)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of token ids (B, T)."""
+        return self.network(input_ids)
+
+    @property
+    def network(self) -> GPTModel:
+        """The model, made if it is not there yet."""
+        self.configure_model()
+        assert self.model is not None
+        return self.model
+
+    def sum_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy summed over the supervised tokens of a batch, and their number.
+
+        Args:
+            batch: Of `collate` or `pack`.
+        """
+        supervised = batch["targets"] != IGNORE_INDEX  # (B, T)
+        layout = None
+        if "gather" in batch:
+            layout = PackedLayout(batch["positions"], batch["gather"], batch["scatter"])
+            places = batch["gather"][supervised]
+        else:
+            places = supervised.flatten().nonzero().flatten()
+        hidden = self.network.hidden_states(batch["input_ids"], layout=layout)
+        head = self.network.out_head
+        loss = sum_cross_entropy(
+            hidden.flatten(0, -2),
+            head.weight,
+            batch["targets"][supervised],
+            places,
+            head.factors if isinstance(head, LoRALinear) else None,
+        )
+        return loss, supervised.sum()
+
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def on_train_epoch_start(self) -> None:
+        self._step_loss = torch.zeros((), device=self.device)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout is a function of seed, epoch, step and rank: a resumed run repeats it."""
+        place = self.current_epoch * 1_000_003 + batch_idx
+        torch.manual_seed((self.seed * 1_000_033 + place) * 1_009 + self.global_rank)
+        # The number that Lightning logs a step under. After a resume it is told by rules of thumb,
+        # and can be one too many for the rest of the run.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss_sum, _ = self.sum_loss(batch)
+        self.tokens_seen += batch["num_tokens"]  # of all ranks
+        share = loss_sum / batch["step_targets"]
+        self._step_loss = self._step_loss + share.detach()
+        if self.ends_step(self.trainer, batch_idx):
+            self._log_step(self._step_loss, batch)
+            self._step_loss = torch.zeros((), device=self.device)
+        # Lightning divides by the micro-batches of a step, and ranks are averaged: undo both.
+        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    @staticmethod
+    def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
+        """Whether the optimizer steps after this micro-batch of the epoch."""
+        last_of_epoch = batch_idx + 1 == trainer.num_training_batches
+        return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or last_of_epoch
+
+    def _log_step(self, loss: torch.Tensor, batch: Batch) -> None:
+        loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
+        if not torch.isfinite(loss):
+            entries = [int(index) for index in batch["index"]]
+            raise ServiceError(
+                f"train_loss is {float(loss)} at step {self.global_step} (training entries "
+                f"{entries}); lower the learning rate or set trainer.gradient_clip_val; the last "
+                "checkpoint is unharmed"
+            )
+        optimizer = self.optimizers()
+        lr = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+        size = len(batch["targets"])
+        self.log("train_loss", loss, prog_bar=True, batch_size=size)
+        self.log("lr", lr, batch_size=size)
+        self.log("tokens_seen", float(self.tokens_seen), batch_size=size)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_loss.update(*self.sum_loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_loss.update(*self.sum_loss(batch))
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, name: str) -> None:
+        loss = float(self.val_loss.compute())
+        self.val_loss.reset()
+        # The metric has summed over ranks already, so every rank logs the same number.
+        settings: dict[str, Any] = {"batch_size": 1, "rank_zero_only": False}
+        self.log(f"{name}_loss", loss, prog_bar=True, **settings)
+        self.log(f"{name}_perplexity", math.exp(min(loss, 700.0)), **settings)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
+        """Answer a batch of prompts: `index` and `responses`, the entries' places and texts."""
+        # Repeats that even out the ranks carry index -1.
+        wanted = [place for place, index in enumerate(batch["index"]) if index >= 0]
+        responses = self.answer([batch["prompts"][place] for place in wanted])
+        return {"index": [batch["index"][place] for place in wanted], "responses": responses}
+
+    def answer(self, prompts: list[list[int]], model: GPTModel | None = None) -> list[str]:
+        """The texts that the model answers to prompts of token ids, without headers.
+
+        Args:
+            model: Answers instead of the module's own, which may be sharded.
+        """
+        model = model or self.network
+        settings = dataclasses.asdict(self.generation)
+        answers = generate(model, prompts, **settings, on_answer=self.on_answer)
+        return [self.style.extract(self.tokenizer.decode(ids)) for ids in answers]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        if self.lora is not None and not has_lora(self.network):
+            raise InputError(
+                "model.lora: its adapters were merged to answer; load the checkpoint again to train"
+            )
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            optimizer = self.optimizer(trainable)
+            scheduler = self.lr_scheduler(optimizer) if self.lr_scheduler else None
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.optimizer or model.lr_scheduler: {error}") from error
+        for group in optimizer.param_groups:
+            # Not the scheduled rate: a warm-up may begin near nothing.
+            lr = float(group.get("initial_lr", group["lr"]))
+            if not 0.0 < lr < math.inf:
+                raise InputError(f"model.optimizer: lr {lr} is not allowed; it must be positive")
+        _fuse(optimizer)
+        if scheduler is None:
+            return optimizer
+        if isinstance(scheduler, WarmupCosine):
+            scheduler.total_steps = self._count_steps()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            plateau: Any = {"scheduler": scheduler, "interval": "epoch", "monitor": "val_loss"}
+            return {"optimizer": optimizer, "lr_scheduler": plateau}
+        every_step: Any = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": every_step}
+
+    def _count_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        # `trainer.estimated_stepping_batches` would set the loaders up early, and with them lose
+        # the place at which a resumed run goes on.
+        datamodule = getattr(trainer, "datamodule", None)
+        if datamodule is None:
+            return int(trainer.estimated_stepping_batches)
+        batches = len(datamodule.train_dataloader())
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        return steps * max(trainer.max_epochs or 1, 1)
+
+    def on_predict_start(self) -> None:
+        """A merged model answers faster. What is sharded over devices stays as it is."""
+        if isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            merge_lora(self.network)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+        if self.lora is not None:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: state[name] for name in state if is_adapter(name)}
+            checkpoint["base"] = self.base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        if self.lora is not None:
+            check_adapters(self.network, checkpoint, self.weights)
+        elif any(map(is_adapter, checkpoint.get("state_dict", ()))):  # none: a shard is loaded
+            raise InputError("ckpt_path: holds LoRA adapters; add model.lora as it was trained")
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warm-up to the optimizer's rate, then half a cosine down to a share of it.
+
+    Args:
+        warmup: Steps of warm-up; below 1, a share of all steps.
+        final: Rate at the end, as a share of the full one.
+        total_steps: Steps of the whole run; `SFTModule` fills it in.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup: float = 0.1,
+        final: float = 0.0,
+        total_steps: int = 1,
+    ) -> None:
+        if warmup < 0 or not 0.0 <= final <= 1.0:
+            raise InputError(
+                f"lr_scheduler: warmup {warmup} must be >= 0 and final {final} within [0, 1]"
+            )
+        self.warmup, self.final, self.total_steps = warmup, final, total_steps
+        super().__init__(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        warmup = self.warmup * self.total_steps if self.warmup < 1 else self.warmup
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min((step - warmup) / max(self.total_steps - warmup, 1), 1.0)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers; the method that computes the factor is code, not state."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("optimizer", "lr_lambdas")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
+
+
+class TokenLoss(Metric):
+    """Cross-entropy per supervised token over everything it has seen, on all ranks."""
+
+    full_state_update = False
+    loss_sum: torch.Tensor
+    num_targets: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # MPS has no float64; elsewhere it keeps the sum of many batches exact.
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        self.add_state("loss_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("num_targets", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: torch.Tensor, num_targets: torch.Tensor) -> None:
+        self.loss_sum = self.loss_sum + loss_sum.to(self.loss_sum)
+        self.num_targets = self.num_targets + num_targets
+
+    def compute(self) -> torch.Tensor:
+        return self.loss_sum / self.num_targets
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large blocks that were freed, for whoever asks for such a block next.
+
+    By default it gives each back to the kernel, and a step pays for getting it anew: the gradients
+    of GPT-2's embedding and head alone are 75,000 pages, each cleared and mapped on first touch,
+    which is 5 to 8 % of a step of gpt2-small. Elsewhere than on glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _fuse(optimizer: torch.optim.Optimizer) -> None:
+    """Switch to torch's fused kernel where the optimizer has one and nobody chose otherwise.
+
+    On a CPU it makes a step of AdamW about ten times faster, with the same arithmetic.
+    """
+    for group in optimizer.param_groups:
+        undecided = "fused" in group and group["fused"] is None and not group.get("foreach")
+        if undecided and not group.get("capturable") and not group.get("differentiable"):
+            devices = {parameter.device.type for parameter in group["params"]}
+            group["fused"] = devices <= {"cpu", "cuda", "mps"}

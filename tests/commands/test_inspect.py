@@ -1,0 +1,310 @@
+"""`inspect`: its counts on data made for the purpose and on the chapter's, and its clean splits."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_sft import InstructionDataModule
+from lightning_sft.commands.inspect import count_tree, cut_batches, epoch_order
+from lightning_sft.common.config_files import SECTIONS, DataConfig
+from lightning_sft.data.datamodule import pack
+from lightning_sft.data.entries import Entry, Splits, read_entries
+from lightning_sft.data.loader import epoch_order as torch_order
+from support.runs import run, write_config, write_data
+
+
+def look(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> str:
+    assert run("inspect", *arguments) == code, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def read_row(out: str, label: str) -> list[int]:
+    """The train, test and val columns of one line of the table."""
+    (line,) = (line for line in out.splitlines() if re.match(rf" *{label}  ", line))
+    return [int(number.replace(",", "")) for number in line.split()[-3:]]
+
+
+def make_entry(n: int, **changes: str) -> dict[str, str]:
+    return {"instruction": f"Do {n}", "input": "", "output": f"Done {n}."} | changes
+
+
+def write_entries(path: Path, entries: list[dict[str, str]]) -> Path:
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_the_chapters_data(book_data_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = look(capsys, "--config", "gpt2-medium.yaml", "--data.path", book_data_path)
+    assert read_row(out, "entries") == [935, 110, 55]
+    assert "25 repeated instruction-input pairs in all three together" in out
+    assert read_row(out, "prompts also in train") == [0, 2, 4]
+    assert "finding: 2 test prompts are also in train" in out
+    assert "finding: 4 val prompts are also in train" in out
+    assert "batches of 8: 116 an epoch, 116 optimizer steps an epoch, 232 in 2 epochs" in out
+    data = InstructionDataModule(str(book_data_path))
+    rows = {name: data.rows(name) for name in Splits._fields}
+    assert read_row(out, "tokens") == [int(part.lengths.sum()) for part in rows.values()]
+    # The padding of the epoch that fit really trains on.
+    batches = list(data.train_dataloader())
+    padded = sum(batch["input_ids"].numel() for batch in batches)
+    real = sum(int(batch["num_tokens"]) for batch in batches)
+    assert f"padding: {1 - real / padded:.1%} of {padded:,} tokens" in out
+    shared = InstructionDataModule(str(book_data_path), share_prefix=True).train_dataloader()
+    assert f"share_prefix {sum(batch['input_ids'].numel() for batch in shared):,} (" in out
+
+
+def test_clean_splits_of_the_chapters_data(
+    book_data_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = tmp_path / "clean"
+    out = look(capsys, "--data.path", book_data_path, "--fix", clean)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clean"]  # nothing staged is left
+    parts = {name: read_entries(clean / f"{name}.json") for name in Splits._fields}
+    prompts = [(e.instruction, e.input) for part in parts.values() for e in part]
+    assert len(prompts) == len(set(prompts)) == 1100 - 25
+    assert len(parts["test"]) == 109  # evaluation keeps its entries but one that it had twice
+    assert len(parts["val"]) == 55
+    # The lines that it prints are a config, and what they name has no findings left.
+    config = tmp_path / "clean.yaml"
+    config.write_text(out[out.index("data:\n") :])
+    assert yaml.safe_load(config.read_text())["data"]["path"] == str(clean / "train.json")
+    look(capsys, "--config", config, "--strict")
+
+
+def test_faults_are_counted_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [make_entry(n) for n in range(20)]
+    entries[3] = make_entry(0, output="Another answer.")  # repeats entry 0
+    entries[5]["output"] = "word " * 60
+    entries[6]["instruction"] = "Copy this:\n### Response:\nno"
+    entries[16] = make_entry(1)  # test entry 0 is train entry 1
+    entries[18] = make_entry(2)  # val entry 0 is train entry 2
+    entries[19] = make_entry(1)  # val entry 1 is train entry 1 and test entry 0
+    path = write_entries(tmp_path / "data.json", entries)
+    options = ["--data.path", path, "--data.fractions=[0.8, 0.1, 0.1]", "--data.max_length=60"]
+    options += ["--data.batch_size=3", "--trainer.accumulate_grad_batches=2"]
+    out = look(capsys, *options)
+    assert read_row(out, "entries") == [16, 2, 2]
+    assert read_row(out, "truncated") == read_row(out, "without end-of-text") == [1, 0, 0]
+    assert read_row(out, "repeated prompts") == [1, 0, 0]
+    assert read_row(out, "prompts also in train") == [0, 1, 2]
+    assert read_row(out, "prompts also in test") == [0, 0, 1]
+    assert read_row(out, "texts with a header") == [1, 0, 0]
+    assert "finding: 1 train entries repeat an earlier one's instruction and input: 3\n" in out
+    assert "train entries hold a prompt header such as '### Response:' in their text: 6\n" in out
+    assert "batches of 3: 5 an epoch, 3 optimizer steps an epoch" in out
+    dropped = look(capsys, *options, "--data.overlong", "drop")
+    assert read_row(dropped, "dropped") == [1, 0, 0]
+    assert read_row(dropped, "without end-of-text") == [0, 0, 0]
+    assert read_row(out, "tokens")[0] - read_row(dropped, "tokens")[0] == 60
+    masked = look(capsys, *options, "--data.mask_prompt", "true", "--data.max_length", "38")
+    assert read_row(masked, "without target")[0] > 0
+
+
+def test_supervised_tokens_are_the_targets_of_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_data(tmp_path / "data.json")
+    for mask_prompt in (False, True):
+        data = InstructionDataModule(str(path), mask_prompt=mask_prompt, max_length=54)
+        expected = sum(int((batch["targets"] != -100).sum()) for batch in data.test_dataloader())
+        options = ["--data.mask_prompt", str(mask_prompt), "--data.max_length", 54]
+        out = look(capsys, "--data.path", path, *options)
+        assert read_row(out, "supervised tokens")[1] == expected
+
+
+def test_strict_is_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_data(tmp_path / "data.json")
+    look(capsys, "--data.path", path, "--strict")
+    entries = json.loads(path.read_text())
+    write_entries(path, [*entries, entries[0]])
+    assert run("inspect", "--data.path", path, "--strict") == 4
+    err = capsys.readouterr().err
+    assert err == "error: inspect: 1 findings; the first: 1 val prompts are also in train: 2\n"
+    look(capsys, "--data.path", path)  # not strict: a finding is no failure
+    too_few = ["--data.path", path, "--data.batch_size", "50"]
+    assert "do not fill one batch of 50" in look(capsys, *too_few)
+    assert run("inspect", *too_few, "--strict") == 4
+
+
+def test_overlays_and_options_compose_as_in_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_data(tmp_path / "data.json")
+    config = write_config(tmp_path, data__path=str(path))
+    layered = ["--config", config, "--config", "phi3.yaml", "--config=mask-prompt.yaml"]
+    out = look(capsys, *layered, "--data.batch_size=2", "--trainer.max_epochs", "5")
+    assert "prompt style phi3, header in the prompt, loss on the answer" in out
+    assert "batches of 2: 17 an epoch, 17 optimizer steps an epoch, 85 in 5 epochs" in out
+    # What is not the data's business may be there, on the command line too.
+    look(capsys, *layered, "--model.weights", "gpt2-xl", "--trainer.precision=16-mixed")
+
+
+def test_the_config_of_a_run_is_understood(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = {"trainer__max_steps": 1, "loss_curve__every_n_steps": 0, "samples__indices": []}
+    assert run("fit", "--config", write_config(tmp_path, **quick)) == 0
+    saved = tmp_path / "runs/tiny/version_0/config.yaml"
+    assert set(yaml.safe_load(saved.read_text())) <= set(SECTIONS)
+    capsys.readouterr()
+    assert read_row(look(capsys, "--config", saved), "entries") == [34, 4, 2]
+
+
+def test_the_data_section_is_the_data_modules() -> None:
+    """Same names, types and defaults, so that what `inspect` accepts is what `fit` does."""
+    parameters = inspect.signature(InstructionDataModule.__init__).parameters
+    linked = {"self", "seed", "predict_batch_size"}  # filled in from other sections
+    fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    assert fields == {k: p.default for k, p in parameters.items() if k not in linked}
+    hints = typing.get_type_hints(InstructionDataModule.__init__)
+    assert typing.get_type_hints(DataConfig) == {k: hints[k] for k in fields}
+
+
+@pytest.mark.parametrize("own_files", [{}, {"val_path"}, {"test_path"}, {"val_path", "test_path"}])
+def test_splits_are_the_data_modules(tmp_path: Path, own_files: set[str]) -> None:
+    path = write_data(tmp_path / "data.json")
+    others = {name: str(write_data(tmp_path / f"{name}.json", 7)) for name in own_files}
+    data = InstructionDataModule(str(path), **others)
+    assert DataConfig(str(path), **others).read_splits() == Splits(
+        *(data.split(name) for name in Splits._fields)
+    )
+
+
+@given(st.integers(0, 300), st.integers(0, 2**40), st.integers(0, 5))
+def test_the_order_needs_no_torch(num_rows: int, seed: int, epoch: int) -> None:
+    assert epoch_order(num_rows, seed, epoch) == torch_order(num_rows, seed, epoch)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_tree_counts_the_tokens_that_are_computed(rows: list[list[int]]) -> None:
+    """`pack` computes the rows' inputs, which are the rows without the end-of-text it adds."""
+    assert count_tree(rows) == len(pack(rows, share_prefix=True)["input_ids"])
+
+
+@pytest.mark.parametrize(("group_by_length", "drop_last"), [(False, True), (True, False)])
+def test_batches_are_the_loaders(tmp_path: Path, group_by_length: bool, drop_last: bool) -> None:
+    from lightning_sft.commands.inspect import Schedule
+
+    settings = {"group_by_length": group_by_length, "drop_last": drop_last, "batch_size": 5}
+    path = str(write_data(tmp_path / "data.json"))
+    data = InstructionDataModule(path, **settings)
+    expected = sorted(sorted(batch[0]) for batch in data.train_dataloader().plan(0))
+    cut = cut_batches(data.rows("train"), DataConfig(path, **settings), Schedule(123, 1, 1, 1))
+    assert sorted(sorted(batch) for batch in cut) == expected
+
+
+def test_an_entry_is_shown_with_what_is_supervised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [make_entry(n) for n in range(40)]
+    entries[1] = make_entry(1, input="x", output="One.\x1b[31m")
+    path = write_entries(tmp_path / "data.json", entries)
+    out = look(capsys, "--data.path", path, "--entries", "0,1", "--data.mask_prompt", "true")
+    assert "### Response:\n[[Done 0.<|endoftext|>]]\n" in out
+    assert "[[45677 657 13 50256]]" in out
+    assert "train entry 0: 32 prompt and 3 answer tokens, 4 supervised\n" in out
+    assert "\x1b" not in out  # an entry cannot steer the terminal
+    assert "One.\\x1b[31m" in out
+    unmasked = look(capsys, "--data.path", path, "--show", "1")
+    # A row's first token follows nothing, so nothing predicts it.
+    assert "\nBelow[[ is an instruction that describes a task." in unmasked
+    cut = look(capsys, "--data.path", path, "--show=1", "--split=test", "--data.max_length=30")
+    assert re.search(r"test entry 0: .* 30 supervised, \d+ cut off\n", cut)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    coloured = look(capsys, "--data.path", path, "--entries", "0", "--data.mask_prompt", "true")
+    assert "\x1b[32mDone 0.<|endoftext|>\x1b[0m" in coloured
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--entries", "0,x"], "is not a list such as 0,5"),
+        (["--entries", "99"], "train has entries 0 to 33, not 99"),
+        (["--data.batchsize", "3"], "did you mean 'data.batch_size'?"),
+        (["--data.max_length", "0"], "it must be >= 1"),
+        (["--strickt"], "did you mean 'strict'?"),
+        (["--split", "dev"], "split"),
+        (["--trainer.accumulate_grad_batches", "0"], "must be >= 1"),
+        (["--config", "gpt3-small.yaml"], "did you mean 'gpt2-small.yaml'?"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    path = write_data(tmp_path / "data.json")
+    assert run("inspect", "--data.path", path, *options) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_fix_writes_over_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_data(tmp_path / "data.json")
+    content = path.read_text()
+    assert run("inspect", "--data.path", path, "--fix", tmp_path) == 2
+    assert "is already there" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["data.json"]
+    assert path.read_text() == content
+    same = write_entries(tmp_path / "same.json", [make_entry(1)] * 40)
+    assert run("inspect", "--data.path", same, "--fix", tmp_path / "clean") == 2
+    assert "would stay empty" in capsys.readouterr().err
+    assert not (tmp_path / "clean").exists()
+
+
+def test_fix_leaves_nothing_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_sft.common import files
+
+    original = files.write_json
+
+    def write_json(path: Path, value: Any) -> None:
+        if path.name == "val.json":
+            raise OSError(28, "No space left on device")
+        original(path, value)
+
+    monkeypatch.setattr(files, "write_json", write_json)
+    path = write_data(tmp_path / "data.json")
+    assert run("inspect", "--data.path", path, "--fix", tmp_path / "clean") == 3
+    assert "No space left on device" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["data.json"]
+
+
+def test_no_torch_and_a_quick_help(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    code = (
+        "import sys, time; from lightning_sft.__main__ import main\n"
+        "try: main(['inspect', '--help'])\n"
+        "except SystemExit: pass\n"
+        "seconds = time.process_time()\n"
+        f"assert main(['inspect', '--config', {str(config)!r}]) == 0\n"
+        "print('torch' in sys.modules, 'lightning' in sys.modules, seconds)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    assert "--data.mask_prompt" in done.stdout
+    torch, lightning, seconds = done.stdout.splitlines()[-1].split()
+    assert (torch, lightning) == ("False", "False")
+    assert float(seconds) < 1.0  # of processor time
+
+
+def test_entry_fields_are_all_that_is_compared() -> None:
+    """A new field of Entry would have to be written by --fix and shown by --entries."""
+    assert [field.name for field in dataclasses.fields(Entry)] == ["instruction", "input", "output"]

@@ -1,0 +1,282 @@
+"""`evaluate`: lm-eval on our model against lm-eval's own, and what is written of it.
+
+The tests that run lm-eval need it (extra `eval`) and skip without; they use a task of local JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_sft.common.errors import InputError
+from lightning_sft.evaluating import evaluate as evaluate_module
+from lightning_sft.evaluating.evaluate import result_rows, write_alpaca_eval
+from lightning_sft.reporting.report import collect, report
+from lightning_sft.runs.evaluation_file import merge, read_evaluation
+from support.runs import newest_checkpoint, run, write_config
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is missing (extra eval)"
+)
+COLOURS = ["red", "green", "dark blue", "a colour that nobody has a name for"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_config(folder, model__optimizer__init_args={"lr": 2e-2}, trainer__max_epochs=1)
+    assert run("fit", "--config", config) == 0
+    return newest_checkpoint(folder / "runs" / "tiny" / "version_0")
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch) -> Path:
+    """A folder with three tasks: choices, whole texts, writing."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    questions = [
+        {
+            "question": "word " * (n * n % 90) + f"Number {n} is the colour",
+            "choices": COLOURS,
+            "answer": n % len(COLOURS),
+        }
+        for n in range(20)
+    ]
+    # Beyond the context of 128 tokens, and empty.
+    questions += [{"question": "long " * 200, "choices": COLOURS, "answer": 1}]
+    questions += [{"question": "", "choices": COLOURS, "answer": 2}]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
+        "test_split": "test",
+        "metadata": {"version": 1.0},
+    }
+    kinds = {
+        "colours": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "rolling": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{question + ' ' + choices[0]}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        },
+        "writing": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": {"until": ["\n", "Number"], "max_gen_toks": 16},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }
+    for name, kind in kinds.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **kind}))
+    return folder
+
+
+@needs_lm_eval
+def test_the_command_end_to_end(checkpoint, tasks, capsys):
+    folder = checkpoint.parent.parent
+    options = ["--ckpt_path", checkpoint, "--include_path", tasks]
+    assert run("evaluate", *options, "--tasks", "colours,writing") == 0
+    assert "colours" in capsys.readouterr().out
+    rows = read_evaluation(folder / "evaluation.json")
+    assert {(row["task"], row["metric"]) for row in rows} == {
+        ("colours", "acc"),
+        ("colours", "acc_norm"),
+        ("writing", "exact_match"),
+    }
+    assert {(row["model"], row["samples"], row["shots"]) for row in rows} == {
+        (f"tiny, step {int(checkpoint.stem.split('-')[1])}", 22, 0)
+    }
+    # Other settings are other rows; the same again replaces.
+    assert run("evaluate", *options, "--tasks", "colours", "--apply_chat_template") == 0
+    assert run("evaluate", *options, "--tasks", "rolling", "--limit", 3) == 0
+    assert run("evaluate", *options, "--tasks", "colours", "--batch_size", 1) == 0
+    again = read_evaluation(folder / "evaluation.json")
+    assert len(again) == 3 + 2 + 2
+    by_key = {(row["task"], row["metric"], row["chat_template"]): row["value"] for row in again}
+    for row in rows:
+        assert by_key[row["task"], row["metric"], False] == pytest.approx(row["value"])
+    report(folder)
+    page = (folder / "report.html").read_text()
+    assert "Benchmarks" in page
+    assert "acc_norm" in page
+    assert json.loads((folder / "report.json").read_text())["evaluation"] == again
+
+
+@needs_lm_eval
+def test_what_cannot_be_evaluated_is_one_line(checkpoint, tasks, tmp_path, capsys):
+    bad = yaml.safe_load((tasks / "writing.yaml").read_text())
+    bad["task"], bad["generation_kwargs"]["max_gen_toks"] = "endless", 4000
+    (tasks / "endless.yaml").write_text(yaml.safe_dump(bad))
+    bad["task"], bad["dataset_kwargs"] = "gone", {"data_files": {"test": str(tmp_path / "no.json")}}
+    (tasks / "gone.yaml").write_text(yaml.safe_dump(bad))
+    common = ["--ckpt_path", checkpoint, "--include_path", tasks]
+    for options, code, says in (
+        ([*common, "--tasks", "colors"], 2, "has no task 'colors'"),
+        ([*common, "--tasks", "endless"], 2, "4000 new tokens leave no room"),
+        ([*common, "--tasks", "gone"], 3, "data of gone could not be had"),
+        (["--ckpt_path", checkpoint, "--tasks", "a", "--include_path", "none"], 2, "not a folder"),
+        ([*common, "--tasks", "colours", "--batch_size", 0], 2, "batch_size: 0"),
+        ([*common], 2, "give --ckpt_path and --tasks"),
+    ):
+        assert run("evaluate", *options) == code
+        (said,) = (s for s in capsys.readouterr().err.splitlines() if s.startswith("error: "))
+        assert says in said
+
+
+@pytest.mark.slow
+@needs_lm_eval
+def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from lightning_sft.commands.chat import load_for_answers
+    from lightning_sft.evaluating.lm_eval_model import EvalModel
+
+    out = tmp_path / "exported"
+    assert run("export", "--ckpt_path", checkpoint, "--format", "hf", "--out", out) == 0
+    model, style = load_for_answers(str(checkpoint))
+    names = ["colours", "rolling", "writing"]
+    for chat in (False, True):
+        found = [
+            simple_evaluate(
+                lm,
+                tasks=names,
+                task_manager=TaskManager(include_path=str(tasks)),
+                apply_chat_template=chat,
+                num_fewshot=0,
+                bootstrap_iters=10,
+            )
+            for lm in (
+                EvalModel(model, style, batch_size=5),
+                HFLM(pretrained=str(out), device="cpu", batch_size=4, dtype="float32"),
+            )
+        ]
+        ours, theirs = (result["samples"] for result in found)
+        largest = 0.0
+        for name in names:
+            assert len(ours[name]) == len(theirs[name]) == 22
+            for left, right in zip(ours[name], theirs[name], strict=True):
+                if name == "writing":
+                    # An empty prompt is a row of nothing but padding to lm-eval's model.
+                    assert left["resps"] == right["resps"] or not (left["doc"]["question"] or chat)
+                    continue
+                if name == "rolling":
+                    pairs = [(left["resps"][0][0], right["resps"][0][0])]
+                else:
+                    both = zip(left["resps"], right["resps"], strict=True)
+                    assert all(a[0][1] == b[0][1] for a, b in both)  # greedy or not
+                    both = zip(left["resps"], right["resps"], strict=True)
+                    pairs = [(a[0][0], b[0][0]) for a, b in both]
+                for a, b in pairs:
+                    # The sums of some run over hundreds of tokens, 1e-4 is of one.
+                    assert math.isclose(float(a), float(b), abs_tol=1e-4, rel_tol=1e-6)
+                    largest = max(largest, abs(float(a) - float(b)))
+        accuracy = [result["results"]["colours"] for result in found]
+        assert accuracy[0]["acc,none"] == accuracy[1]["acc,none"]
+        assert accuracy[0]["acc_norm,none"] == accuracy[1]["acc_norm,none"]
+        with capsys.disabled():
+            print(f"\nchat template {chat}: largest difference of log-likelihoods {largest:.1e}")
+
+
+# --- Without lm-eval ---
+
+
+def test_without_lm_eval_it_is_said_what_to_install(monkeypatch, capsys):
+    right = importlib.util.find_spec
+    monkeypatch.setattr(
+        evaluate_module.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "lm_eval" else right(name, *rest),
+    )
+    assert run("evaluate", "--ckpt_path", "any.ckpt", "--tasks", "arc_easy") == 2
+    assert 'pip install "lightning-sft[eval]"' in capsys.readouterr().err
+
+
+FOUND = {
+    "results": {
+        "arc": {
+            "alias": "arc",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.1,
+            "f1,strict": 1,
+            "f1_stderr,strict": "N/A",
+        }
+    },
+    "n-samples": {"arc": {"original": 9, "effective": 4}},
+    "n-shot": {"arc": 5},
+    "versions": {"arc": 1.0},
+}
+
+
+def test_rows_of_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate_module.importlib.metadata, "version", lambda name: "0.4")
+    rows = result_rows(FOUND)
+    common = {"task": "arc", "samples": 4, "shots": 5, "task_version": 1.0, "lm_eval": "0.4"}
+    assert rows == [
+        common | {"metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1},
+        common | {"metric": "f1", "filter": "strict", "value": 1.0, "stderr": None},
+    ]
+    path = tmp_path / "evaluation.json"
+    assert merge(path, rows) == rows
+    path.write_text(json.dumps(rows))
+    better = [rows[0] | {"value": 0.7}]
+    assert merge(path, better) == [rows[1], *better]
+    assert merge(path, [rows[0] | {"shots": 0}]) == [*rows, rows[0] | {"shots": 0}]
+
+
+def test_a_report_shows_benchmarks_and_survives_a_broken_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module.importlib.metadata, "version", lambda name: "0.4")
+    rows = [{"model": "tiny <b>"} | row for row in result_rows(FOUND)]
+    (tmp_path / "evaluation.json").write_text(json.dumps(rows))
+    monkeypatch.undo()
+    report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Benchmarks" in page
+    assert "0.5000 ± 0.1000" in page
+    assert "tiny &lt;b&gt;" in page
+    for text in ("[", '{"a": 1}', '[{"task": 1}]'):
+        (tmp_path / "evaluation.json").write_text(text)
+        (tmp_path / "metrics.csv").write_text("step,train_loss\n1,2.0\n")
+        found = collect(tmp_path)
+        assert found["evaluation"] == []
+        assert "evaluation.json is left out" in found["notes"][0]
+
+
+def test_alpaca_eval_file(tmp_path, capsys):
+    folder = tmp_path / "my-run" / "version_3"
+    folder.mkdir(parents=True)
+    answers = [
+        {"instruction": "Say it.", "input": "", "output": "It.", "model_response": "It!"},
+        {"instruction": "Rewrite.", "input": "She é", "output": "", "model_response": ""},
+    ]
+    (folder / "instruction-data-with-response.json").write_text(json.dumps(answers))
+    assert run("evaluate", "--alpaca_eval", folder) == 0
+    assert json.loads((folder / "alpaca-eval.json").read_text()) == [
+        {"instruction": "Say it.", "output": "It!", "generator": "my-run"},
+        {"instruction": "Rewrite.\n\nShe é", "output": "", "generator": "my-run"},
+    ]
+    write_alpaca_eval(folder, "other", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())[0]["generator"] == "other"
+    with pytest.raises(InputError, match="no such file"):
+        write_alpaca_eval(tmp_path, None, None)
+    (tmp_path / "some.json").write_text(json.dumps([*answers, {"instruction": "x", "output": "y"}]))
+    with pytest.raises(InputError, match="entry 2: 'model_response' is missing"):
+        write_alpaca_eval(tmp_path / "some.json", None, None)

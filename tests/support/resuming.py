@@ -1,0 +1,44 @@
+"""A fit that dies at chosen steps, and is gone on with until it is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft.training.module import SFTModule
+from support.runs import run
+
+
+class PulledPlugError(BaseException):
+    """Stands for a kill: no handler of the code under test may survive it."""
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the process die as it begins each of these optimizer steps, once each."""
+    left = set(steps)
+    original = SFTModule.training_step
+
+    def training_step(self: SFTModule, batch: Any, batch_idx: int) -> Any:
+        if self.global_step in left:
+            left.remove(self.global_step)
+            raise PulledPlugError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
+
+
+def fit(config: Path, *arguments: str) -> None:
+    assert run("fit", "--config", config, *arguments) == 0
+
+
+def fit_until_done(config: Path, max_tries: int = 6) -> int:
+    """Start, and after each kill resume with `--ckpt_path last`; how many starts it took."""
+    for start in range(max_tries):
+        try:
+            fit(config, *(["--ckpt_path", "last"] if start else []))
+        except PulledPlugError:
+            continue
+        return start + 1
+    raise AssertionError("never finished")
