@@ -11,11 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_sft.data.datamodule import InstructionDataModule, collate
+    from lightning_sft.data.batching import collate
+    from lightning_sft.data.datamodule import InstructionDataModule
     from lightning_sft.data.entries import read_entries, split_entries
     from lightning_sft.decoding.generation import generate
-    from lightning_sft.models.gpt2 import GPTConfig, GPTModel, KVCache
-    from lightning_sft.training.module import SFTModule, WarmupCosine
+    from lightning_sft.models.cache import KVCache
+    from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+    from lightning_sft.models.loading import load_pretrained
+    from lightning_sft.training.module import SFTModule
+    from lightning_sft.training.schedule import WarmupCosine
 
 __version__ = "0.1.0"
 
@@ -29,6 +33,7 @@ __all__ = [
     "WarmupCosine",
     "collate",
     "generate",
+    "load_pretrained",
     "read_entries",
     "split_entries",
 ]
@@ -37,11 +42,12 @@ _OWNERS = {
     "GPTConfig": "models.gpt2",
     "GPTModel": "models.gpt2",
     "InstructionDataModule": "data.datamodule",
-    "KVCache": "models.gpt2",
+    "KVCache": "models.cache",
     "SFTModule": "training.module",
     "ShardedStrategy": "training.sharding",
-    "WarmupCosine": "training.module",
-    "collate": "data.datamodule",
+    "WarmupCosine": "training.schedule",
+    "collate": "data.batching",
+    "load_pretrained": "models.loading",
     "generate": "decoding.generation",
     "read_entries": "data.entries",
     "split_entries": "data.entries",

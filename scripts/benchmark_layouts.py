@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from lightning_sft.data.datamodule import BatchMaker
+from lightning_sft.data.batching import BatchMaker
 from lightning_sft.data.rows import Row
 from lightning_sft.training.module import SFTModule
 

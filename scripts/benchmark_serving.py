@@ -87,7 +87,8 @@ def make_up(options: argparse.Namespace) -> str:
     """Random weights in the book's own format."""
     import torch
 
-    from lightning_sft.models.gpt2 import GPTModel, get_config
+    from lightning_sft.models.gpt2 import GPTModel
+    from lightning_sft.models.registry import get_config
 
     path = options.out / "random.pth"
     torch.manual_seed(0)

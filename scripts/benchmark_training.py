@@ -59,7 +59,7 @@ def train_ours(
     import lightning as L
 
     from lightning_sft.__main__ import main as run_command
-    from lightning_sft.training import cli as training_cli
+    from lightning_sft.commands import training as training_command
 
     class Watch(L.Callback):
         on_before_zero_grad = on_before_optimizer_step = recorder.enter  # type: ignore[assignment]
@@ -82,13 +82,13 @@ def train_ours(
 
         return call
 
-    class WatchedCLI(training_cli.SFTCLI):
+    class WatchedCLI(training_command.SFTCLI):
         def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
             trainer = super().instantiate_trainer(**kwargs)
             trainer.callbacks.append(Watch())  # type: ignore[attr-defined]
             return trainer
 
-    watched = mock.patch.object(training_cli, "SFTCLI", WatchedCLI)
+    watched = mock.patch.object(training_command, "SFTCLI", WatchedCLI)
     with watched, tempfile.TemporaryDirectory() as folder:
         arguments = ["fit", f"--config={CONFIGS / 'gpt2-small.yaml'}", "--model.weights=null"]
         arguments += [f"--config={CONFIGS / 'bf16.yaml'}"] * bf16
@@ -173,7 +173,7 @@ def train_trl(run: Namespace, recorder: Recorder, *, bf16: bool) -> None:
 def row_batches(run: Namespace) -> list[list[list[int]]]:
     """Token ids of the chapter's first batches: to warm up, to time, and one to end on."""
     from lightning_sft.data.datamodule import InstructionDataModule
-    from lightning_sft.data.loader import epoch_order
+    from lightning_sft.data.order import epoch_order
 
     rows = InstructionDataModule(run.data).rows("train")
     order = epoch_order(len(rows), SEED, 0)[: BATCH_SIZE * (run.steps + 2)]
@@ -183,7 +183,7 @@ def row_batches(run: Namespace) -> list[list[list[int]]]:
 
 def padded_batches(run: Namespace, recorder: Recorder) -> Iterator[dict[str, Any]]:
     """The same rows, padded as in the chapter; making a batch is part of its step."""
-    from lightning_sft.data.datamodule import collate
+    from lightning_sft.data.batching import collate
 
     for rows in row_batches(run):
         recorder.start_step()

@@ -39,13 +39,13 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.utils import tensorboard  # noqa: F401
 
-from lightning_sft import training_cli  # noqa: F401
 from lightning_sft.__main__ import main as run_command
+from lightning_sft.commands import training  # noqa: F401
 from lightning_sft.commands.verify_resume import compare_runs
 from lightning_sft.common.errors import LightningSFTError
 from lightning_sft.common.files import read_jsonl
+from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.runs.responses import RESPONSES_NAME
-from lightning_sft.training.checkpoint import read_checkpoint
 
 ORPHAN_SECONDS = 60.0
 

@@ -13,7 +13,6 @@ random number generator.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lightning_sft.commands.cli import explain, option_names
-from lightning_sft.common.config_files import DataConfig, drop_options, read_layers
+from lightning_sft.common.arguments import explain, option_names
+from lightning_sft.common.config_files import drop_options, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError
+from lightning_sft.data.config import DataConfig
 from lightning_sft.data.entries import Splits
 from lightning_sft.data.faults import (
     Counts,
@@ -37,6 +37,7 @@ from lightning_sft.data.faults import (
     kept,
     write_clean,
 )
+from lightning_sft.data.order import count_tree, epoch_order
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.rows import Row, TokenRows, tokenize_entries
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
@@ -143,22 +144,6 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Schedule, Any]:
     return data, Schedule.of(settings), settings
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
-    """`loader.epoch_order` without torch, whose CPU generator is the same Mersenne Twister."""
-    draws = _twister(seed, 4 * epoch + 4)  # each of the 2·epoch + 2 draws takes two words
-    order_seed = int(draws[-1])  # of a 64-bit seed the generator takes the lower half
-    order = list(range(num_rows))
-    for place, word in enumerate(_twister(order_seed, max(num_rows - 1, 0)).tolist()):
-        other = place + word % (num_rows - place)
-        order[place], order[other] = order[other], order[place]
-    return order
-
-
-def _twister(seed: int, count: int) -> npt.NDArray[np.uint32]:
-    generator = np.random.RandomState(seed & 0xFFFFFFFF)
-    return generator.randint(0, 1 << 32, size=count, dtype=np.uint32)
-
-
 def cut_batches(rows: TokenRows, data: DataConfig, schedule: Schedule) -> list[list[int]]:
     """The first epoch's batches, all devices' together, as places of rows."""
     order = epoch_order(len(rows), schedule.seed, 0)
@@ -170,13 +155,6 @@ def cut_batches(rows: TokenRows, data: DataConfig, schedule: Schedule) -> list[l
         windows = [order[k : k + window] for k in range(0, len(order), window)]
         order = [p for part in windows for p in sorted(part, key=lambda place: int(lengths[place]))]
     return [order[k : k + size] for k in range(0, len(order), size)]
-
-
-def count_tree(sequences: list[list[int]]) -> int:
-    """Tokens of the prefix tree of some rows: each distinct prefix is computed once."""
-    ordered = sorted(sequences)
-    shared = sum(_common(left, right) for left, right in itertools.pairwise(ordered))
-    return sum(map(len, ordered)) - shared
 
 
 def show_entries(options: Any, rows: TokenRows, data: DataConfig, tokenizer: Tokenizer) -> None:
@@ -293,11 +271,3 @@ def _print_batches(rows: TokenRows, data: DataConfig, schedule: Schedule) -> lis
         f"computes {real:,}, share_prefix {tree:,} ({1 - tree / padded:.1%} fewer than padded)\n"
     )
     return []
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Length of the prefix that two rows share."""
-    for place, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return place
-    return min(len(left), len(right))

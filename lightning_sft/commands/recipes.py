@@ -27,9 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_sft.commands.cli import find_shipped
 from lightning_sft.commands.recipes_page import LOSS_NAME, SESSIONS_NAME, summarize_recipes
 from lightning_sft.common import files
+from lightning_sft.common.arguments import find_shipped
 from lightning_sft.common.config_files import read_config, read_layers
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.runs.responses import RESPONSES_NAME
@@ -80,7 +80,7 @@ def recipes(arguments: list[str]) -> int:
         print(USAGE)
         return 0
     if arguments[0] == "loss":
-        from lightning_sft.training.cli import measure_validation
+        from lightning_sft.commands.training import measure_validation
 
         folder, measured = measure_validation(arguments[1:])
         if folder is not None:

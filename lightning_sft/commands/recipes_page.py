@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.common import files
+from lightning_sft.common.pages import build_page
 from lightning_sft.judging.metrics import METRICS, TITLES, measure
 from lightning_sft.judging.summary import SCORES_NAME, read_scores, summarize
 from lightning_sft.reporting import pages
@@ -163,7 +164,7 @@ def render_recipes(
         ),
         pages.section("Reports", f"<ul>{links}</ul>"),
     ]
-    return pages.build_page(f"{folder.name} — recipes", "".join(body))
+    return build_page(f"{folder.name} — recipes", "".join(body), pages.SCRIPT)
 
 
 def _entries(responses: Sequence[Response]) -> list[Any]:

@@ -28,7 +28,7 @@ import torch
 
 from lightning_sft.common.config_files import merge, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
-from lightning_sft.training.checkpoint import read_checkpoint
+from lightning_sft.models.checkpoint_file import read_checkpoint
 
 EPOCH = 4  # optimizer steps of the shortened epochs
 STEPS = 2 * EPOCH

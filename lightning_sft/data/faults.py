@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_sft.common import files
-from lightning_sft.common.config_files import DataConfig
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.config import DataConfig
 from lightning_sft.data.entries import Entry, Splits
 from lightning_sft.data.prompts import STYLES, PromptStyle
 from lightning_sft.data.rows import TokenRows

@@ -20,23 +20,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.order import epoch_order
 from lightning_sft.data.rows import Row
 
 Batch = dict[str, Any]
-
-
-def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of `range(num_rows)` for an epoch (counted from 0).
-
-    A shuffling `DataLoader` draws two numbers from the global generator each time it is iterated,
-    its workers' base seed and then its sampler's seed; the second one orders the epoch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.empty(2 * epoch + 2, dtype=torch.int64)
-    for place in range(len(draws)):  # one by one: a whole tensor at once draws other numbers
-        draws[place].random_(generator=generator)
-    shuffled = torch.Generator().manual_seed(int(draws[-1]))
-    return torch.randperm(num_rows, generator=shuffled).tolist()
 
 
 class _Rows(Dataset[Row]):

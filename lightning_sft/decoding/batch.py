@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from lightning_sft.data.datamodule import pack
-from lightning_sft.models.gpt2 import GPTModel, KVCache, PackedLayout
+from lightning_sft.data.batching import pack
+from lightning_sft.models.cache import KVCache
+from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.layers import PackedLayout
 
 
 class Batch:

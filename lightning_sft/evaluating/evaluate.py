@@ -80,9 +80,9 @@ def evaluate(
         raise InputError('evaluate: lm-eval is missing: pip install "lightning-sft[eval]"')
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size} is not allowed; it must be >= 1")
-    from lightning_sft.commands.chat import choose_device, load_for_answers
     from lightning_sft.evaluating.lm_eval_model import EvalModel
     from lightning_sft.models.origin import read_origin
+    from lightning_sft.models.ready import choose_device, load_for_answers
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = _find_tasks(names, include_path)

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_sft.commands.chat import load_for_answers
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.exporting.export_gguf import GGUFType, load_gguf, modelfile, write_gguf
 from lightning_sft.exporting.export_hf import write_hf
 from lightning_sft.exporting.exported_program import our_program
@@ -32,7 +32,8 @@ from lightning_sft.exporting.verify_export import ask, check, compare, make_prom
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.origin import Origin, read_origin
-from lightning_sft.training.checkpoint import model_name
+from lightning_sft.models.ready import load_for_answers
+from lightning_sft.models.registry import model_name
 
 Format = Literal["pth", "hf", "gguf"]
 MARK = "export.json"  # says that a folder is an export, and of which files it consists
@@ -149,13 +150,15 @@ def _write(
 ) -> str:
     """Write the format's own files; the name of the one with the weights."""
     if format == "hf":
-        write_hf(model, style, origin.generation, folder)
+        write_hf(model, style, GenerationConfig(**origin.generation), folder)
         return "model.safetensors"
     if format == "gguf":
         file = f"{origin.name}-{gguf_type}.gguf"
         write_gguf(model, style, origin.name, folder / file, gguf_type)
         with files.atomic_write(folder / "Modelfile") as recipe:
-            recipe.write(modelfile(style, model.config, origin.generation, file))
+            recipe.write(
+                modelfile(style, model.config, GenerationConfig(**origin.generation), file)
+            )
         return file
     file = f"{model_name(model.config)}-sft.pth"
     with files.atomic_write(folder / file, "wb") as weights:

@@ -13,10 +13,11 @@ import yaml
 
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.models.files import REPOSITORIES
 from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.origin import Origin
-from lightning_sft.training.checkpoint import model_name
+from lightning_sft.models.registry import model_name
 
 PACKAGES = ("lightning-sft", "torch", "lightning", "transformers", "gguf")
 EXAMPLE = Entry("Rewrite the sentence in the past tense.", "She walks to school.", "")
@@ -117,7 +118,10 @@ def _training(origin: Origin) -> str:
     if origin.epoch is not None:
         figures.insert(1, ("epochs", str(origin.epoch + 1)))
     shown = yaml.safe_dump(
-        {**origin.settings(), "generation": dataclasses.asdict(origin.generation)},
+        {
+            **origin.settings(),
+            "generation": dataclasses.asdict(GenerationConfig(**origin.generation)),
+        },
         sort_keys=False,
         allow_unicode=True,
     )

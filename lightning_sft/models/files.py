@@ -26,7 +26,7 @@ import torch
 from lightning_sft.common.downloads import download
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.common.files import cache_dir, sha256_of
-from lightning_sft.models.gpt2 import MODEL_SIZES
+from lightning_sft.models.registry import MODEL_SIZES
 
 HUB = "https://huggingface.co"  # $HF_ENDPOINT names a mirror
 REPOSITORIES = {

@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -25,6 +24,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.models.cache import CacheShape, KVCache
+from lightning_sft.models.layers import Linear, PackedLayout
 
 
 @dataclass(frozen=True)
@@ -73,144 +74,10 @@ class GPTConfig:
         if not 0.0 <= self.drop_rate < 1.0:
             raise InputError(f"architecture: drop_rate {self.drop_rate} is outside [0, 1)")
 
-
-ARCHITECTURES = {
-    "gpt2-small": GPTConfig(),
-    "gpt2-medium": GPTConfig(emb_dim=1024, n_heads=16, n_layers=24),
-    "gpt2-large": GPTConfig(emb_dim=1280, n_heads=20, n_layers=36),
-    "gpt2-xl": GPTConfig(emb_dim=1600, n_heads=25, n_layers=48),
-}
-# Parameters as OpenAI counts them, in the names that the book gives its files.
-MODEL_SIZES = {
-    "gpt2-small": "124M",
-    "gpt2-medium": "355M",
-    "gpt2-large": "774M",
-    "gpt2-xl": "1558M",
-}
-
-
-class PackedLayout(NamedTuple):
-    """Where the tokens of a packed batch belong: no padding, and no prefix computed twice.
-
-    A packed batch is one flat list of N tokens. Everything but attention works on tokens one by
-    one and never needs to know of rows; attention gathers its rows, and takes one copy back.
-
-    positions: (N,) each token's place in its row.
-    gather: (B, T) the flat index of every row's tokens; padded on the right with any index.
-    scatter: (N,) for each flat token one place in the B·T gathered ones that holds it.
-    """
-
-    positions: torch.Tensor
-    gather: torch.Tensor
-    scatter: torch.Tensor
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for rows of unequal length.
-
-    The caller makes it, hands it to `GPTModel.forward` and reads `lengths`; the model keeps no
-    state of its own.
-
-    Args:
-        config: The model's.
-        batch_size: Rows, B.
-        max_length: Most tokens a row will ever hold; memory is taken once, here.
-        device, dtype: Of keys and values; dtype float32 unless the model computes in another.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int,
-        max_length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        head_dim = config.emb_dim // config.n_heads
-        shape = (config.n_layers, batch_size, config.n_heads, max_length, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._room = (self.keys, self.values)  # all there is, also of rows that left
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # filled, per row
-        self.longest = 0  # of `lengths`, known without asking the device
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep only the rows of these indices, in this order (finished rows leave a batch).
-
-        Only rows that change place are copied, and only what is in use of them.
-        """
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
-        longest = int(self.lengths[rows].max())
-        for stored in (self.keys, self.values):
-            stored[:, moved, :, :longest] = stored[:, rows[moved], :, :longest]
-        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
-        self.lengths, self.longest = self.lengths[rows], longest
-
     @property
-    def room(self) -> tuple[int, int]:
-        """How many rows of how many tokens fit without taking more memory."""
-        return self._room[0].shape[1], self._room[0].shape[3]
-
-    def resize(self, batch_size: int, max_length: int) -> None:
-        """Take memory for this many rows of this many tokens, and keep what is held."""
-        rows, moved = len(self.lengths), []
-        for old in (self.keys, self.values):
-            layers, _, heads, _, head_dim = old.shape
-            new = old.new_zeros(layers, batch_size, heads, max_length, head_dim)
-            new[:, :rows, :, : self.longest] = old[:, :, :, : self.longest]
-            moved.append(new)
-        self._room = (moved[0], moved[1])
-        self.keys, self.values = moved[0][:, :rows], moved[1][:, :rows]
-
-    def join(self, other: KVCache) -> None:
-        """Copy another cache's rows behind these; there must be room for them."""
-        first = len(self.lengths)
-        rows = first + len(other.lengths)
-        for place, theirs in zip(self._room, (other.keys, other.values), strict=True):
-            place[:, first:rows, :, : other.longest] = theirs[:, :, :, : other.longest]
-        self.keys, self.values = (place[:, :rows] for place in self._room)
-        self.lengths = torch.cat([self.lengths, other.lengths])
-        self.longest = max(self.longest, other.longest)
-
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one layer's new keys and values (B, H, T, D/H) behind each row's filled part.
-
-        Returns:
-            All keys and values up to the longest row's end, (B, H, longest + T, D/H).
-        """
-        num_new = keys.shape[2]
-        end = self.longest + num_new
-        if end > self.keys.shape[3]:
-            raise ValueError(f"KVCache of {self.keys.shape[3]} tokens a row cannot hold {end}")
-        if self.longest == 0:
-            self.keys[layer, :, :, :num_new] = keys
-            self.values[layer, :, :, :num_new] = values
-        else:
-            rows = torch.arange(keys.shape[0], device=keys.device)[:, None]  # (B, 1)
-            places = self.lengths[:, None] + torch.arange(num_new, device=keys.device)  # (B, T)
-            self.keys[layer][rows, :, places] = keys.transpose(1, 2).to(self.keys.dtype)
-            self.values[layer][rows, :, places] = values.transpose(1, 2).to(self.values.dtype)
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def mask(self, num_new: int) -> torch.Tensor | None:
-        """(B, 1, T, longest + T) bool, true where a new token may look; None for plain causal."""
-        if self.longest == 0:
-            return None
-        seen = torch.arange(self.longest + num_new, device=self.lengths.device)
-        last = self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
-        return (seen <= last[:, :, None])[:, None]
-
-    def advance(self, num_new: torch.Tensor | int, longest: int) -> None:
-        """Count the tokens of one forward pass, after its last layer.
-
-        Args:
-            num_new: Tokens added to every row, or (B,) to each (right-padded prompts).
-            longest: The largest of them.
-        """
-        self.lengths = self.lengths + num_new
-        self.longest += longest
+    def cache_shape(self) -> CacheShape:
+        """GPT-2 keeps keys and values of every head."""
+        return CacheShape(self.n_layers, self.n_heads, self.emb_dim // self.n_heads)
 
 
 class LayerNorm(nn.Module):
@@ -267,23 +134,6 @@ class MultiHeadAttention(nn.Module):
         if layout is not None:
             context = context.flatten(0, 1).index_select(0, layout.scatter)  # (N, D)
         return self.out_proj(context)
-
-
-class Linear(nn.Linear):
-    """A linear layer that is also quick with the few rows of a decoding step.
-
-    On CPUs `W x^T` takes about half the time of `x W^T` for 2 to 64 rows: the weight, which is all
-    there is to read, is then walked through in its own order.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows = x.numel() // self.in_features
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not 2 <= num_rows <= 64:
-            return F.linear(x, self.weight, self.bias)
-        product = self.weight @ x.reshape(num_rows, -1).T  # (out, rows)
-        if self.bias is not None:
-            product += self.bias[:, None]
-        return product.T.contiguous().view(*x.shape[:-1], -1)
 
 
 class FeedForward(nn.Module):
@@ -362,14 +212,11 @@ class GPTModel(nn.Module):
             InputError: Unknown name.
             ServiceError: The weights are neither in the cache nor to be had.
         """
-        # Imported here: weights.py builds on this module.
-        from lightning_sft.models.loading import load_weights
+        # By the package's front door, because loading builds on this module.
+        from lightning_sft import load_pretrained
 
-        if source not in ARCHITECTURES:
-            raise InputError(f"weights: unknown {source!r}; allowed: {', '.join(ARCHITECTURES)}")
-        with torch.device("meta"):
-            model = cls(ARCHITECTURES[source])
-        load_weights(model, source)
+        model = load_pretrained(source)
+        assert isinstance(model, cls)
         return model
 
     def materialize(self) -> None:
@@ -377,6 +224,17 @@ class GPTModel(nn.Module):
         self.to_empty(device="cpu")
         if self.config.tie_embeddings:
             self.out_head.weight = self.tok_emb.weight  # to_empty makes two of one
+
+    def randomize(self, seed: int) -> None:
+        """Random weights that depend on the seed alone; torch's own random state is left as it is.
+
+        Args:
+            seed: Of the draws.
+        """
+        self.materialize()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -460,27 +318,3 @@ class GPTModel(nn.Module):
             (B, T, V), or (N, V) with a layout.
         """
         return self.out_head(self.hidden_states(input_ids, layout=layout, cache=cache))
-
-
-def get_config(architecture: str | dict[str, object] | GPTConfig) -> GPTConfig:
-    """The configuration of a named size, or one made from a mapping of `GPTConfig` fields.
-
-    Raises:
-        InputError: Unknown name or field, or a field out of range.
-    """
-    if isinstance(architecture, GPTConfig):
-        return architecture
-    if isinstance(architecture, str):
-        if architecture not in ARCHITECTURES:
-            raise InputError(
-                f"architecture: unknown {architecture!r}; allowed: {', '.join(ARCHITECTURES)}, or "
-                "a mapping of GPTConfig fields"
-            )
-        return ARCHITECTURES[architecture]
-    allowed = [field.name for field in dataclasses.fields(GPTConfig)]
-    unknown = sorted(set(architecture) - set(allowed))
-    if unknown:
-        raise InputError(
-            f"architecture: unknown field {unknown[0]!r}; allowed: {', '.join(allowed)}"
-        )
-    return GPTConfig(**architecture)  # type: ignore[arg-type]

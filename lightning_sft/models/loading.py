@@ -19,7 +19,8 @@ import torch
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.files import find_weights, read_tensors
-from lightning_sft.models.gpt2 import ARCHITECTURES, MODEL_SIZES, GPTConfig, GPTModel
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.registry import ARCHITECTURES, MODEL_SIZES
 
 # Hugging Face's names and ours, outside the blocks and in each of them.
 _TOP_NAMES = {
@@ -76,6 +77,24 @@ def load_weights(model: GPTModel, source: str | None) -> Path | None:
             if not all(torch.isfinite(bound) for bound in parameter.aminmax()):
                 raise InputError(f"{path}: {name} holds NaN or infinity")
     return path
+
+
+def load_pretrained(name: str) -> GPTModel:
+    """A named model with its published weights.
+
+    Args:
+        name: `gpt2-small`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`.
+
+    Raises:
+        InputError: Unknown name.
+        ServiceError: The weights are neither in the cache nor to be had.
+    """
+    if name not in ARCHITECTURES:
+        raise InputError(f"weights: unknown {name!r}; allowed: {', '.join(ARCHITECTURES)}")
+    with torch.device("meta"):
+        model = GPTModel(ARCHITECTURES[name])
+    load_weights(model, name)
+    return model
 
 
 def from_hf(tensors: Tensors, config: GPTConfig) -> dict[str, torch.Tensor]:

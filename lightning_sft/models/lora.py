@@ -31,7 +31,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.models.gpt2 import GPTConfig, GPTModel, Linear, get_config
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.layers import Linear
+from lightning_sft.models.registry import get_config
 
 ADAPTERS = ("lora_a", "lora_b")  # the last part of an adapter's parameter names
 

@@ -8,7 +8,6 @@ Only names and figures go on: folders of this machine and whatever looks like a 
 
 from __future__ import annotations
 
-import dataclasses
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,8 @@ import yaml
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, hide_keys
 from lightning_sft.data.entries import KNOWN_SHA256, is_url, local_path
-from lightning_sft.decoding.generation import GenerationConfig
+from lightning_sft.models.checkpoint_file import check_whole, read_checkpoint
 from lightning_sft.runs.run_folder import run_of
-from lightning_sft.training.checkpoint import check_whole, read_checkpoint
 
 # Of the trainer's many settings, those that the weights depend on.
 TRAINER_KEYS = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
@@ -47,7 +45,7 @@ class Origin:
     step: int | None = None
     epoch: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
-    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+    generation: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str | None] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -90,9 +88,7 @@ def read_origin(path: str) -> Origin:
         generation = checkpoint["hyper_parameters"].get("generation") or generation
         step, epoch = checkpoint["global_step"], checkpoint["epoch"]
         losses = checkpoint.get("metrics", {})
-    return Origin(
-        name, run, config, step, epoch, losses, GenerationConfig(**generation), _data(config)
-    )
+    return Origin(name, run, config, step, epoch, losses, generation, _data(config))
 
 
 def public_name(path: str) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_sft.commands.inspect import count_tree
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.loader import TrainLoader
+from lightning_sft.data.order import count_tree
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_sft.commands.cli import explain, option_names
+from lightning_sft.common.arguments import explain, option_names
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.planning.footprint import (

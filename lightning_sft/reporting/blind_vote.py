@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.common.pages import build_page
 from lightning_sft.reporting import pages
 from lightning_sft.runs.responses import Response
 
@@ -67,7 +68,7 @@ def build_vote_page(runs: Sequence[Sequence[Response]]) -> str:
             )
     items.sort(key=lambda entry: hashlib.sha256(f"{comparison}{entry['item']}".encode()).digest())
     data = {"format": FORMAT, "comparison": comparison, "items": items}
-    return pages.build_page("Blind vote", _body(len(items)), pages.FOLDER / "blind_vote.js", data)
+    return build_page("Blind vote", _body(len(items)), pages.FOLDER / "blind_vote.js", data)
 
 
 def read_votes(path: Path, runs: Sequence[Sequence[Response]]) -> list[Vote]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from lightning_sft.common.pages import build_page
 from lightning_sft.judging.metrics import TITLES
 from lightning_sft.reporting import pages
 from lightning_sft.runs.responses import Response
@@ -32,7 +33,7 @@ def render_comparison(found: dict[str, Any], baseline: Sequence[Response]) -> st
         *(f'<p class="warning">{escape(note)}</p>' for note in found["notes"]),
         *(_section(result, baseline) for result in found["comparisons"]),
     ]
-    return pages.build_page(f"{names} — comparison", "".join(body))
+    return build_page(f"{names} — comparison", "".join(body), pages.SCRIPT)
 
 
 def describe_comparison(found: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from lightning_sft.common.pages import build_page
 from lightning_sft.judging.metrics import TITLES
 from lightning_sft.judging.significance import Interval
 from lightning_sft.judging.summary import CONTROLS, verdict
@@ -61,7 +62,7 @@ def render(found: dict[str, Any], picture: str | None = None) -> str:
         pages.section("Answers", pages.answers_table(found["answers"]) if metrics else ""),
         _origin_section(found),
     ]
-    return pages.build_page(title, "".join(body))
+    return build_page(title, "".join(body), pages.SCRIPT)
 
 
 def _cards(found: dict[str, Any], metrics: dict[str, Interval]) -> str:

@@ -7,9 +7,7 @@ string came, the reply is complete.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -18,35 +16,13 @@ from starlette.types import Receive, Scope, Send
 from lightning_sft.common.errors import InputError
 from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.decoding.generation import GenerationConfig
+from lightning_sft.serving.context import Context
 from lightning_sft.serving.engine import Job, News, QueueFullError, StoppingError
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.openai_reply import Choice, Envelope, event
 from lightning_sft.serving.openai_request import ApiError, Ask
 
-if TYPE_CHECKING:
-    from lightning_sft.serving.app import Service
-
 STALLED_SECONDS = 30.0  # beyond an answer's own time, for a client that does not read it
-
-
-class Hub:
-    """Carries the engine's news from its thread to whoever waits for them in the event loop."""
-
-    def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.listeners: dict[Job, Callable[[News], None]] = {}
-
-    def deliver(self, news: list[tuple[Job, News]]) -> None:
-        """Called in the engine's thread, once a step."""
-        if self.loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                self.loop.call_soon_threadsafe(self._hand_out, news)
-
-    def _hand_out(self, news: list[tuple[Job, News]]) -> None:
-        for job, item in news:
-            listener = self.listeners.get(job)
-            if listener is not None:
-                listener(item)
 
 
 class Answering:
@@ -56,8 +32,8 @@ class Answering:
         ApiError: The engine does not take the prompts (400, 429, 503).
     """
 
-    def __init__(self, service: Service, ask: Ask, prompts: list[list[int]], seed: int) -> None:
-        self.service = service
+    def __init__(self, context: Context, ask: Ask, prompts: list[list[int]], seed: int) -> None:
+        self.context = context
         self.envelope = Envelope(ask, sum(map(len, prompts)))
         self.jobs = [
             Job(
@@ -72,26 +48,26 @@ class Answering:
                 ),
                 key=key,
                 top_logprobs=ask.top_logprobs,
-                seconds=service.limits.seconds,
+                seconds=context.limits.seconds,
             )
             for key, prompt in enumerate(prompts)
         ]
-        style = service.models[ask.model].style if ask.chat else None
+        style = context.models[ask.model].style if ask.chat else None
         self.choices = [
-            Choice(index, ask, AnswerText(style, ask.stop), service.tokenizer)
+            Choice(index, ask, AnswerText(style, ask.stop), context.tokenizer)
             for index in range(len(prompts))
         ]
         self.queue: asyncio.Queue[tuple[int, News] | None] = asyncio.Queue()
         self._watch: asyncio.Task[None] | None = None
         for index, job in enumerate(self.jobs):
-            service.hub.listeners[job] = lambda news, index=index: self.queue.put_nowait(  # type: ignore[misc]
+            context.hub.listeners[job] = lambda news, index=index: self.queue.put_nowait(  # type: ignore[misc]
                 (index, news)
             )
         try:
-            service.engine.submit(self.jobs)
+            context.engine.submit(self.jobs)
         except QueueFullError as error:
             self.close()
-            after = 1 + service.engine.waiting // service.limits.batch_size
+            after = 1 + context.engine.waiting // context.limits.batch_size
             raise ApiError(
                 429, f"Too many requests: {error}.", code="queue_full", retry_after=after
             ) from None
@@ -139,7 +115,7 @@ class Answering:
         """Whatever is still being computed is not wanted any more."""
         for job in self.jobs:
             job.cancel()
-            self.service.hub.listeners.pop(job, None)
+            self.context.hub.listeners.pop(job, None)
         if self._watch is not None:
             self._watch.cancel()
 
@@ -156,7 +132,7 @@ class Stream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
-        patience = self.answering.service.limits.seconds + STALLED_SECONDS
+        patience = self.answering.context.limits.seconds + STALLED_SECONDS
         stalled = loop.call_later(patience, task.cancel, "stalled")
         self.answering.watch(receive)
         started = False

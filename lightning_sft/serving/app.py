@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -13,33 +11,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import GPT2Tokenizer
-from lightning_sft.serving.answers import Answering, Hub, Stream
-from lightning_sft.serving.engine import Engine
+from lightning_sft.serving.answers import Answering, Stream
+from lightning_sft.serving.context import Context
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.openai_reply import to_json
 from lightning_sft.serving.openai_request import (
     ApiError,
-    Rules,
     find_model,
     read_ask,
     read_json,
     render,
 )
-from lightning_sft.serving.serve import Limits
 
 BODY_SECONDS = 30.0  # in which a request's body must have arrived
 LONGEST_TOKEN = 128  # characters; GPT-2's longest is as many spaces
-
-
-@dataclass(frozen=True)
-class Served:
-    """One model of the server."""
-
-    style: PromptStyle
-    context_length: int
-    created: int
 
 
 class Service:
@@ -47,23 +32,10 @@ class Service:
 
     Args:
         page: HTML of the page at `/`.
-        new_seed: Makes one for a request that has none.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        hub: Hub,
-        models: Mapping[str, Served],
-        rules: Rules,
-        limits: Limits,
-        tokenizer: GPT2Tokenizer,
-        page: str,
-        new_seed: Callable[[], int],
-    ) -> None:
-        self.engine, self.hub, self.models, self.rules = engine, hub, models, rules
-        self.limits, self.tokenizer, self.new_seed = limits, tokenizer, new_seed
-        self._page = page
+    def __init__(self, context: Context, page: str) -> None:
+        self.context, self.page = context, page
 
     def app(self) -> Starlette:
         """All routes."""
@@ -80,21 +52,23 @@ class Service:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def show_page(self, request: Request) -> Response:
-        return Response(self._page, media_type="text/html")
+        return Response(self.page, media_type="text/html")
 
     async def health(self, request: Request) -> Response:
         """200 while answers can be had; for load balancers, so it needs no token."""
-        engine = self.engine
+        engine = self.context.engine
         status = "stopping" if engine.draining else "ok" if engine.alive else "failed"
         counts = {"running": engine.running, "waiting": engine.waiting}
         code = 200 if status == "ok" else 503
         return _json({"status": status, **counts}, code)
 
     async def list_models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._describe(name) for name in self.models]})
+        return _json(
+            {"object": "list", "data": [self._describe(name) for name in self.context.models]}
+        )
 
     async def show_model(self, request: Request) -> Response:
-        name = find_model({"model": request.path_params["name"]}, self.models)
+        name = find_model({"model": request.path_params["name"]}, self.context.models)
         return _json(self._describe(name))
 
     async def chat(self, request: Request) -> Response:
@@ -106,8 +80,8 @@ class Service:
     async def prompt(self, request: Request) -> Response:
         """The text that a chat request's model would be given; nothing is generated."""
         body = await self._read(request)
-        model = find_model(body, self.models)
-        text = render(body, self.models[model].style)
+        model = find_model(body, self.context.models)
+        text = render(body, self.context.models[model].style)
         ids = await self._encode(text)
         return _json(
             {
@@ -115,16 +89,18 @@ class Service:
                 "model": model,
                 "prompt": text,
                 "prompt_tokens": len(ids),
-                "context_length": self.models[model].context_length,
+                "context_length": self.context.models[model].context_length,
             }
         )
 
     async def _answer(self, request: Request, chat: bool) -> Response:
-        ask = read_ask(await self._read(request), self.rules, chat)
+        ask = read_ask(await self._read(request), self.context.rules, chat)
         prompts = [p if isinstance(p, list) else await self._encode(p) for p in ask.prompts]
         for prompt in prompts:
-            self._check_ids(prompt, self.models[ask.model].context_length)
-        answering = Answering(self, ask, prompts, self.new_seed() if ask.seed is None else ask.seed)
+            self._check_ids(prompt, self.context.models[ask.model].context_length)
+        answering = Answering(
+            self.context, ask, prompts, self.context.new_seed() if ask.seed is None else ask.seed
+        )
         if ask.stream:
             return Stream(answering)
         answering.watch(request.receive)
@@ -143,7 +119,7 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as Content-Type: application/json.")
-        most = self.limits.body_bytes
+        most = self.context.limits.body_bytes
         too_large = ApiError(413, f"The body is larger than {most} bytes.", code="body_too_large")
         length = request.headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit() or int(length) > most:
@@ -163,17 +139,21 @@ class Service:
         return read_json(bytes(body))
 
     async def _encode(self, text: str) -> list[int]:
-        if len(text) > self.limits.prompt_tokens * LONGEST_TOKEN:
-            raise self._too_long(f"over {self.limits.prompt_tokens}")
+        if len(text) > self.context.limits.prompt_tokens * LONGEST_TOKEN:
+            raise self._too_long(f"over {self.context.limits.prompt_tokens}")
         if len(text) < 10_000:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)  # others need not wait for it
+            return self.context.tokenizer.encode(text)
+        return await asyncio.to_thread(
+            self.context.tokenizer.encode, text
+        )  # others need not wait for it
 
     def _check_ids(self, prompt: list[int], context_length: int) -> None:
-        if len(prompt) > self.limits.prompt_tokens:
+        if len(prompt) > self.context.limits.prompt_tokens:
             raise self._too_long(str(len(prompt)))
-        if not all(0 <= token < self.tokenizer.vocab_size for token in prompt):
-            message = f"prompt holds a token id outside 0 to {self.tokenizer.vocab_size - 1}."
+        if not all(0 <= token < self.context.tokenizer.vocab_size for token in prompt):
+            message = (
+                f"prompt holds a token id outside 0 to {self.context.tokenizer.vocab_size - 1}."
+            )
             raise ApiError(400, message, param="prompt", code="invalid_value")
         if len(prompt) >= context_length:
             raise ApiError(
@@ -184,11 +164,13 @@ class Service:
             )
 
     def _too_long(self, length: str) -> ApiError:
-        message = f"The prompt has {length} tokens; at most {self.limits.prompt_tokens} here."
+        message = (
+            f"The prompt has {length} tokens; at most {self.context.limits.prompt_tokens} here."
+        )
         return ApiError(400, message, code="context_length_exceeded")
 
     def _describe(self, name: str) -> dict[str, Any]:
-        model, rules = self.models[name], self.rules
+        model, rules = self.context.models[name], self.context.rules
         return {
             "id": name,
             "object": "model",

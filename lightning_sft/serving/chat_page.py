@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_sft.reporting.pages import build_page
+from lightning_sft.common.pages import build_page
 
 FOLDER = Path(__file__).parent
 

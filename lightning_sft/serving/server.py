@@ -22,13 +22,13 @@ import uvicorn
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.serving.answers import Hub
-from lightning_sft.serving.app import Served, Service
+from lightning_sft.serving.app import Service
 from lightning_sft.serving.chat_page import build_chat_page
+from lightning_sft.serving.context import Context, Hub, Served
 from lightning_sft.serving.engine import Engine
 from lightning_sft.serving.gate import Gate
 from lightning_sft.serving.openai_request import Rules
-from lightning_sft.serving.serve import DEFAULT_ANSWERS, DEFAULT_LIMITS, Answers, Limits
+from lightning_sft.serving.settings import DEFAULT_ANSWERS, DEFAULT_LIMITS, Answers, Limits
 
 
 class Server(uvicorn.Server):
@@ -94,16 +94,16 @@ def build_server(
         max_tokens=limits.max_tokens,
         max_prompts=limits.prompts,
     )
-    service = Service(
+    context = Context(
         engine,
         hub,
         models,
         rules,
         limits,
         gpt2_tokenizer(),
-        page=build_chat_page(),
         new_seed=lambda: secrets.randbits(62),
     )
+    service = Service(context, page=build_chat_page())
     config = uvicorn.Config(
         Gate(service.app(), token, loopback),
         http="h11",

@@ -8,7 +8,6 @@ to keep. `find_checkpoint` turns `last`, `best` or a path into a file that is kn
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import IO, Any, cast
@@ -20,15 +19,20 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
-from lightning_sft.models.gpt2 import ARCHITECTURES, MODEL_SIZES, GPTConfig
+from lightning_sft.models.checkpoint_file import (
+    _facts,
+    check_whole,
+    read_checkpoint,
+    sidecar,
+)
 from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.lora import merged_copy
+from lightning_sft.models.registry import model_name
 from lightning_sft.runs.run_folder import version_numbers
 from lightning_sft.training.loggers import folder_of
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.sharding import gather_model, is_sharded
 
-VERSION_KEY = "pytorch-lightning_version"
 # What a checkpoint says of its step. Lightning logs a step after the checkpoint callbacks, so that
 # a kill in between would lose the step's row if the checkpoint did not have it.
 STEP_METRICS = ("train_loss", "lr", "tokens_seen", "tokens_per_second")
@@ -86,62 +90,6 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def sidecar(path: Path) -> Path:
-    """Where a checkpoint's facts are: `step-000116.ckpt.json`."""
-    return path.with_name(path.name + ".json")
-
-
-def read_checkpoint(
-    path: Path, map_location: Any | None = "cpu", mmap: bool = False
-) -> dict[str, Any]:
-    """Load a checkpoint as data; nothing in it is run.
-
-    Args:
-        mmap: Map the tensors instead of reading and checking them, where only the rest is wanted.
-
-    Raises:
-        InputError: Missing, damaged, or not a Lightning checkpoint.
-    """
-    if not path.is_file():
-        raise InputError(f"ckpt_path: {path} is not a file")
-    if not mmap:
-        check_whole(path)
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise InputError(f"ckpt_path: {path} is not a checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"ckpt_path: {path} is not a Lightning checkpoint (no state_dict)")
-    hparams = checkpoint.get("hyper_parameters")
-    missing = [
-        key for key in ("global_step", "epoch", "loops", VERSION_KEY) if key not in checkpoint
-    ]
-    if missing or not isinstance(hparams, dict) or "architecture" not in hparams:
-        what = missing[0] if missing else "hyper_parameters with an architecture"
-        raise InputError(f"ckpt_path: {path} is not a checkpoint of a run here (no {what})")
-    return checkpoint
-
-
-def check_whole(path: Path) -> None:
-    """Read a checkpoint through and compare it with its sidecar, where there is one.
-
-    Raises:
-        InputError: They differ.
-    """
-    expected = _facts(path).get("sha256")
-    if expected is not None and path.is_file() and files.sha256_of(path) != expected:
-        raise InputError(f"ckpt_path: {path} is damaged (its sha256 differs from {sidecar(path)})")
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(sidecar(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 class Checkpoints(Checkpoint):
@@ -294,13 +242,3 @@ class FinalWeights(L.Callback):
             with files.atomic_write(path, "wb") as file:
                 _Hashed(file).save(book_state_dict(merged_copy(model)))
             print(f"model saved as {path}")
-
-
-def model_name(config: GPTConfig) -> str:
-    """The book's name of a size, `gpt2-medium355M`; `gpt2-16M`-like for any other."""
-    for name, known in ARCHITECTURES.items():
-        if (known.emb_dim, known.n_layers) == (config.emb_dim, config.n_layers):
-            return name + MODEL_SIZES[name]
-    block = 12 * config.emb_dim**2
-    size = config.n_layers * block + (config.vocab_size + config.context_length) * config.emb_dim
-    return f"gpt2-{size / 1e6:.0f}M"

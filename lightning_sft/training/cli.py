@@ -10,33 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import re
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sft.commands.cli import explain, option_names
 from lightning_sft.common import files
-from lightning_sft.common.config_files import read_config
-from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
-from lightning_sft.data.datamodule import InstructionDataModule
+from lightning_sft.common.arguments import explain, option_names
+from lightning_sft.common.errors import InputError, LightningSFTError
 from lightning_sft.data.prompts import get_style
 from lightning_sft.decoding.generation import GenerationConfig
-from lightning_sft.models.gpt2 import get_config
-from lightning_sft.models.lora import LoRAConfig, final_architecture
+from lightning_sft.models.checkpoint_file import read_checkpoint
+from lightning_sft.models.lora import LoRAConfig
 from lightning_sft.models.lora_checkpoint import saved_config
-from lightning_sft.runs.run_folder import RunClaim, run_of
+from lightning_sft.models.registry import get_config
+from lightning_sft.runs.run_folder import RunClaim
 from lightning_sft.training.callbacks import LossCurve, SampleResponses, Throughput
 from lightning_sft.training.checkpoint import (
     STEP_METRICS,
@@ -44,13 +40,11 @@ from lightning_sft.training.checkpoint import (
     DurableCheckpointIO,
     FinalWeights,
     find_checkpoint,
-    read_checkpoint,
 )
 from lightning_sft.training.device_check import DeviceCheck
 from lightning_sft.training.loggers import EventsLogger, MetricsFile, folder_of, rewind
-from lightning_sft.training.module import SFTModule
 from lightning_sft.training.response_writer import ResponseWriter
-from lightning_sft.training.signals import StopOnSignal, die_with_parent
+from lightning_sft.training.signals import StopOnSignal
 
 # What a config's class_path may name. Anything else, importable or not, is refused: a config is
 # something people download.
@@ -63,8 +57,6 @@ ALLOWED_CLASSES = [
     "lightning.pytorch.strategies",
     "torch.optim",
 ]
-# How gloo and NCCL say that a process they talk to has died.
-LOST_PEER = "Connection (closed|reset) by peer|Connection refused|NCCL error|Broken pipe|timed out"
 RUN_FOLDER_VARIABLE = "LIGHTNING_SFT_RUN_FOLDER"  # how a rank's child processes learn the folder
 
 
@@ -243,127 +235,6 @@ class SaveRunConfig(SaveConfigCallback):
             file.write(text)
 
 
-def run_training(subcommand: str, arguments: list[str]) -> int:
-    """Parse `arguments` and run one of LightningCLI's subcommands.
-
-    Raises:
-        InputError: The command line or a config is wrong.
-    """
-    _run(subcommand, arguments)
-    return 0
-
-
-def measure_validation(arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
-    """`validate`, with what it found as values.
-
-    Args:
-        arguments: As for `validate`; `--ckpt_path` among them.
-
-    Returns:
-        The run folder of the checkpoint (None but on the first rank); loss and perplexity, the
-        checkpoint's step, and how many parameters there are and are trained.
-    """
-    cli = _run("validate", arguments)
-    if cli.checkpoint is None:
-        raise InputError("recipes loss: --ckpt_path is missing")
-    parameters = list(cli.model.parameters())
-    found = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
-    found["step"] = cli._facts["step"] if cli._facts else 0
-    found["parameters"] = sum(p.numel() for p in parameters)
-    found["trained"] = sum(p.numel() for p in parameters if p.requires_grad)
-    return (cli.checkpoint.parent.parent if cli.trainer.is_global_zero else None), found
-
-
-def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
-    _quieten()
-    if RUN_FOLDER_VARIABLE in os.environ:
-        die_with_parent()  # a rank that Lightning started
-    jsonargparse.set_parsing_settings(
-        config_read_mode_fsspec_enabled=False,
-        import_path_denylist=["*"],
-        import_path_allowlist=ALLOWED_CLASSES,
-    )
-    name = _first_config_name(arguments)
-    arguments = use_checkpoint_config(arguments)
-    if name is not None and not any(a.startswith("--run.name") for a in arguments):
-        arguments = [f"--run.name={name}", *arguments]
-    known, own_arguments = os.environ.get(RUN_FOLDER_VARIABLE), sys.argv
-    parsers: dict[str, Any] = {"exit_on_error": False, "default_env": False}
-    try:
-        # LightningCLI reads them from here, and so do the ranks that Lightning starts.
-        sys.argv = [own_arguments[0], subcommand, *arguments]
-        with RunClaim() as claim:
-            return SFTCLI(
-                SFTModule,
-                InstructionDataModule,
-                claim=claim,
-                save_config_callback=SaveRunConfig,
-                seed_everything_default=123,
-                auto_configure_optimizers=False,
-                parser_kwargs={**parsers, subcommand: parsers},
-            )
-    except MisconfigurationException as error:
-        raise InputError(f"{subcommand}: {explain(str(error))}") from None
-    except RuntimeError as error:
-        if not torch.distributed.is_initialized() or not re.search(LOST_PEER, str(error)):
-            raise
-        reason = " ".join(str(error).split())[-150:]
-        raise ServiceError(
-            f"{subcommand}: another process of this run is gone ({reason}); its own output says "
-            "why; go on with --ckpt_path last"
-        ) from error
-    finally:
-        sys.argv = own_arguments
-        if known is None:
-            os.environ.pop(RUN_FOLDER_VARIABLE, None)
-
-
-def use_checkpoint_config(arguments: list[str]) -> list[str]:
-    """Without `--config`, take the configuration of the run that a checkpoint belongs to.
-
-    A checkpoint away from its run folder brings its own hyperparameters. Explicit options come
-    behind and win. A `.pth` given as checkpoint becomes the model's weights.
-    """
-    path = _option(arguments, "--ckpt_path")
-    if path is None or path in ("last", "best") or not Path(path).is_file():
-        return arguments
-    checkpoint = Path(path).resolve()
-    is_checkpoint = checkpoint.suffix == ".ckpt"
-    if not is_checkpoint:
-        arguments = [*_without_option(arguments, "--ckpt_path"), f"--model.weights={checkpoint}"]
-    if _option(arguments, "--config") is not None or _option(arguments, "-c") is not None:
-        return arguments
-    if (run := run_of(checkpoint)) is not None:
-        merged = [] if is_checkpoint else _describe_merged(run / "config.yaml")
-        return [f"--config={run / 'config.yaml'}", *merged, *arguments]
-    if not is_checkpoint:
-        raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
-    hparams = read_checkpoint(checkpoint)["hyper_parameters"]
-    base = []
-    if (adapted := saved_config(hparams)) is not None:
-        base = [
-            f"--model.lora={json.dumps(adapted.as_dict())}",
-            f"--model.weights={hparams.get('weights') or 'null'}",
-            f"--seed_everything={hparams.get('seed', 123)}",
-        ]
-    return [
-        *base,
-        f"--model.architecture={json.dumps(hparams['architecture'])}",
-        f"--data.prompt_style={json.dumps(hparams['prompt_style'])}",
-        f"--data.header_in_prompt={json.dumps(hparams['header_in_prompt'])}",
-        *arguments,
-    ]
-
-
-def _describe_merged(config: Path) -> list[str]:
-    """Options for the `.pth` of a LoRA run: its adapters are merged, its head is its own."""
-    model = read_config(config).get("model", {})
-    if not model.get("lora"):
-        return []
-    architecture = json.dumps(dataclasses.asdict(final_architecture(model)))
-    return ["--model.lora=null", f"--model.architecture={architecture}"]
-
-
 def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
     """Refuse another architecture; print what else a checkpoint was trained with differently.
 
@@ -421,36 +292,3 @@ def _plain(value: Any) -> Any:
 
 def _run_parent(config: Any) -> Path:
     return Path(config.run.dir) / (config.run.name or "run")
-
-
-def _first_config_name(arguments: list[str]) -> str | None:
-    path = _option(arguments, "--config") or _option(arguments, "-c")
-    return Path(path).stem if path is not None else None
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    """The first value given for an option, in either of its two spellings."""
-    for place, argument in enumerate(arguments):
-        if argument == name and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{name}="):
-            return argument.removeprefix(f"{name}=")
-    return None
-
-
-def _without_option(arguments: list[str], name: str) -> list[str]:
-    kept = [argument for argument in arguments if not argument.startswith(f"{name}=")]
-    if name in kept:
-        place = kept.index(name)
-        kept[place : place + 2] = []
-    return kept
-
-
-def _quieten() -> None:
-    """Drop what a user of this tool can do nothing about."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    log.addFilter(lambda record: not re.search("Tip:|TPU available", record.getMessage()))
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # TokenLoss has summed up
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

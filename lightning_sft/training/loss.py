@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-IGNORE_INDEX = -100
 # Most positions whose logits are held at once: 512 × 50,257 × 4 bytes are 103 MB. Each chunk reads
 # the head's whole matrix three times, so that a small one costs almost as much as a large one.
 CHUNK_SIZE = 512

@@ -11,10 +11,8 @@ Model (From Scratch)".
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,16 +21,18 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.data.batching import IGNORE_INDEX
 from lightning_sft.data.loader import Batch
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.models.files import locate
-from lightning_sft.models.gpt2 import GPTConfig, GPTModel, PackedLayout, get_config, run_block
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel, run_block
+from lightning_sft.models.layers import PackedLayout
 from lightning_sft.models.loading import load_weights
 from lightning_sft.models.lora import (
     LoRAConfig,
@@ -43,10 +43,11 @@ from lightning_sft.models.lora import (
     merge_lora,
 )
 from lightning_sft.models.lora_checkpoint import check_adapters, identify_base
-from lightning_sft.training.loss import IGNORE_INDEX, sum_cross_entropy
+from lightning_sft.models.registry import get_config
+from lightning_sft.training.host_memory import keep_freed_memory
+from lightning_sft.training.loss import sum_cross_entropy
+from lightning_sft.training.schedule import WarmupCosine
 from lightning_sft.training.sharding import shard
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 class SFTModule(L.LightningModule):
@@ -146,10 +147,7 @@ class SFTModule(L.LightningModule):
         if self.weights is not None:
             load_weights(model, self.weights)
         else:
-            model.materialize()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                model.initialize()
+            model.randomize(self.seed)
         if self.lora is not None:
             add_lora(model, self.lora, self.seed)
             self.base = identify_base(model)
@@ -346,44 +344,6 @@ class SFTModule(L.LightningModule):
             raise InputError("ckpt_path: holds LoRA adapters; add model.lora as it was trained")
 
 
-class WarmupCosine(LambdaLR):
-    """Linear warm-up to the optimizer's rate, then half a cosine down to a share of it.
-
-    Args:
-        warmup: Steps of warm-up; below 1, a share of all steps.
-        final: Rate at the end, as a share of the full one.
-        total_steps: Steps of the whole run; `SFTModule` fills it in.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        warmup: float = 0.1,
-        final: float = 0.0,
-        total_steps: int = 1,
-    ) -> None:
-        if warmup < 0 or not 0.0 <= final <= 1.0:
-            raise InputError(
-                f"lr_scheduler: warmup {warmup} must be >= 0 and final {final} within [0, 1]"
-            )
-        self.warmup, self.final, self.total_steps = warmup, final, total_steps
-        super().__init__(optimizer, self._factor)
-
-    def _factor(self, step: int) -> float:
-        warmup = self.warmup * self.total_steps if self.warmup < 1 else self.warmup
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        done = min((step - warmup) / max(self.total_steps - warmup, 1), 1.0)
-        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; the method that computes the factor is code, not state."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("optimizer", "lr_lambdas")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.__dict__.update(state_dict)
-
-
 class TokenLoss(Metric):
     """Cross-entropy per supervised token over everything it has seen, on all ranks."""
 
@@ -404,19 +364,6 @@ class TokenLoss(Metric):
 
     def compute(self) -> torch.Tensor:
         return self.loss_sum / self.num_targets
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that were freed, for whoever asks for such a block next.
-
-    By default it gives each back to the kernel, and a step pays for getting it anew: the gradients
-    of GPT-2's embedding and head alone are 75,000 pages, each cleared and mapped on first touch,
-    which is 5 to 8 % of a step of gpt2-small. Elsewhere than on glibc nothing is done.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

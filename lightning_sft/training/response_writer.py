@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.entries import Entry
-from lightning_sft.judging.metrics import exact_match, token_f1
 from lightning_sft.runs.responses import RESPONSES_NAME
 from lightning_sft.training.module import SFTModule
 
@@ -98,17 +96,19 @@ class ResponseWriter(L.Callback):
                 f"{self._folder}: {len(missing)} answers are missing, first of entry {missing[0]}; "
                 "run the same command again to go on"
             )
-        path = self._folder / RESPONSES_NAME
         records = [
             dataclasses.asdict(entry) | {"model_response": answered[index]}
             for index, entry in enumerate(self._entries)
         ]
-        files.write_json(path, records)
+        files.write_json(self.path, records)
         for part in self._parts():
             part.unlink()
-        print(f"\n{len(records)} answers written to {path}")
-        if all(entry.output for entry in self._entries):
-            print(_table([(answered[i], entry.output) for i, entry in enumerate(self._entries)]))
+        print(f"\n{len(records)} answers written to {self.path}")
+
+    @property
+    def path(self) -> Path:
+        """The chapter's file, once all answers are there."""
+        return self._folder / RESPONSES_NAME
 
     def _count(self, place: int, ids: list[int]) -> None:
         if self._bar is not None:
@@ -126,23 +126,6 @@ class ResponseWriter(L.Callback):
                     return {}
                 answered[record["index"]] = record["response"]
         return answered
-
-
-def _table(pairs: list[tuple[str, str]]) -> str:
-    """How near the answers are to the wanted ones, for a first look; `report` says more."""
-    identical = sum(answer == wanted for answer, wanted in pairs)
-    share = 100 * identical / len(pairs)
-    return "\n".join(
-        [
-            f"  identical     {share:5.1f} %  ({identical} of {len(pairs)})",
-            f"  exact match   {_mean(exact_match, pairs):5.1f} %  (but for case, stops, articles)",
-            f"  token F1      {_mean(token_f1, pairs):5.1f} %",
-        ]
-    )
-
-
-def _mean(metric: Callable[[str, str], float], pairs: list[tuple[str, str]]) -> float:
-    return sum(metric(answer, wanted) for answer, wanted in pairs) / len(pairs)
 
 
 def _identify(module: SFTModule, entries: list[Entry], ckpt_path: Any) -> str:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from lightning_sft import GPTConfig, GPTModel
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.datamodule import collate
+from lightning_sft.data.batching import collate
 from lightning_sft.data.loader import TrainLoader
 from lightning_sft.data.rows import Row
 from lightning_sft.models.loading import read_tensors

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sft.commands.cli import COMMANDS, TRAINING, find_shipped, resolve_configs
+from lightning_sft.commands.cli import COMMANDS, TRAINING
+from lightning_sft.common.arguments import find_shipped, resolve_configs
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import shipped_folder
 from support.runs import newest_checkpoint, run, write_config

@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sft import InstructionDataModule
-from lightning_sft.commands.inspect import count_tree, cut_batches, epoch_order
-from lightning_sft.common.config_files import SECTIONS, DataConfig
-from lightning_sft.data.datamodule import pack
+from lightning_sft.commands.inspect import cut_batches
+from lightning_sft.common.config_files import SECTIONS
+from lightning_sft.data.batching import pack
+from lightning_sft.data.config import DataConfig
 from lightning_sft.data.entries import Entry, Splits, read_entries
-from lightning_sft.data.loader import epoch_order as torch_order
+from lightning_sft.data.order import count_tree, epoch_order
+from lightning_sft.data.order import epoch_order as torch_order
 from support.runs import run, write_config, write_data
 
 

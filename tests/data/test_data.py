@@ -15,18 +15,14 @@ from hypothesis import strategies as st
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data import datamodule as data_module
-from lightning_sft.data.datamodule import (
-    BatchMaker,
-    InstructionDataModule,
-    collate,
-    collate_prompts,
-    pack,
-)
+from lightning_sft.data.batching import BatchMaker, collate, collate_prompts, pack
+from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.rows import Row, TokenRows, tokenize
 from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
-from lightning_sft.models.gpt2 import GPTModel, PackedLayout
+from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.layers import PackedLayout
 from lightning_sft.training.loss import sum_cross_entropy
 
 EOS = END_OF_TEXT

@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.datamodule import BatchMaker
-from lightning_sft.data.loader import EvalLoader, TrainLoader, deal, epoch_order
+from lightning_sft.data.batching import BatchMaker
+from lightning_sft.data.loader import EvalLoader, TrainLoader, deal
+from lightning_sft.data.order import epoch_order
 from lightning_sft.data.rows import Row, TokenRows
 
 

@@ -147,8 +147,8 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from lightning_sft.commands.chat import load_for_answers
     from lightning_sft.evaluating.lm_eval_model import EvalModel
+    from lightning_sft.models.ready import load_for_answers
 
     out = tmp_path / "exported"
     assert run("export", "--ckpt_path", checkpoint, "--format", "hf", "--out", out) == 0

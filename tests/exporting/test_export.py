@@ -20,7 +20,6 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning_sft.commands.chat import load_for_answers
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.entries import Entry, read_entries
 from lightning_sft.data.prompts import get_style
@@ -42,9 +41,11 @@ from lightning_sft.exporting.export_hf import generation_config, hf_config, writ
 from lightning_sft.exporting.exported_program import our_program
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
 from lightning_sft.models import loading as weights
-from lightning_sft.models.gpt2 import ARCHITECTURES, GPTConfig, GPTModel
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.loading import from_hf, iterate_hf, load_weights, to_hf
 from lightning_sft.models.origin import public_name, read_origin
+from lightning_sft.models.ready import load_for_answers
+from lightning_sft.models.registry import ARCHITECTURES
 from support.runs import newest_checkpoint, run, write_config, write_data
 
 SMALL = GPTConfig(vocab_size=97, context_length=48, emb_dim=32, n_heads=4, n_layers=2)

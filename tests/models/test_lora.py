@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lightning_sft import SFTModule
 from lightning_sft.common.errors import InputError
-from lightning_sft.models.gpt2 import ARCHITECTURES, GPTConfig, GPTModel
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.loading import book_state_dict, to_hf
 from lightning_sft.models.lora import (
     LoRAConfig,
@@ -25,6 +25,7 @@ from lightning_sft.models.lora import (
     merged_copy,
 )
 from lightning_sft.models.lora_checkpoint import identify_base
+from lightning_sft.models.registry import ARCHITECTURES
 from lightning_sft.planning.footprint import count_parameters, estimate_memory
 from lightning_sft.training.loss import CHUNK_SIZE, sum_cross_entropy
 from support.activations import make_batch, measure_activations

@@ -13,16 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.datamodule import pack
-from lightning_sft.models.gpt2 import (
-    ARCHITECTURES,
-    MODEL_SIZES,
-    GPTConfig,
-    GPTModel,
-    KVCache,
-    PackedLayout,
-    get_config,
-)
+from lightning_sft.data.batching import pack
+from lightning_sft.models.cache import KVCache
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.layers import PackedLayout
+from lightning_sft.models.registry import ARCHITECTURES, MODEL_SIZES, get_config
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 Make = Callable[..., GPTModel]

@@ -28,14 +28,8 @@ from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.decoding.batch import Batch
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.serving.answers import Stream
-from lightning_sft.serving.serve import (
-    TOKEN_VARIABLE,
-    Answers,
-    Limits,
-    check_address,
-    choose_names,
-    listen,
-)
+from lightning_sft.serving.serve import TOKEN_VARIABLE, check_address, choose_names, listen
+from lightning_sft.serving.settings import Answers, Limits
 from support.runs import run, spawn
 from support.serving import SMALL, Served, answer_alone, make_talker, serving, wait_for
 
@@ -640,7 +634,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch):
     closed: list[bool] = []
     limits = SimpleNamespace(seconds=0.05)
     answering: Any = SimpleNamespace(
-        service=SimpleNamespace(limits=limits),
+        context=SimpleNamespace(limits=limits),
         watch=lambda receive: None,
         close=lambda: closed.append(True),
     )

@@ -8,8 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_sft import SFTModule
-from lightning_sft.data.datamodule import collate, pack
-from lightning_sft.models.gpt2 import PackedLayout
+from lightning_sft.data.batching import collate, pack
+from lightning_sft.models.layers import PackedLayout
 from lightning_sft.planning.outlook import BatchShape
 
 

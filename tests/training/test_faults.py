@@ -20,8 +20,9 @@ from lightning_sft.commands.verify_resume import compare_runs
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import read_jsonl
+from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.runs.responses import RESPONSES_NAME
-from lightning_sft.training.checkpoint import DurableCheckpointIO, read_checkpoint
+from lightning_sft.training.checkpoint import DurableCheckpointIO
 from support.runs import load, newest_checkpoint, run, run_apart, spawn, write_config, write_data
 
 

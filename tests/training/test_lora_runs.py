@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lightning_sft.commands.chat import load_for_answers
 from lightning_sft.commands.verify_resume import equal
 from lightning_sft.common.errors import InputError
-from lightning_sft.models.gpt2 import GPTModel, get_config
+from lightning_sft.models.checkpoint_file import read_checkpoint
+from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.loading import load_weights
 from lightning_sft.models.lora import LoRAConfig, is_adapter, merge_lora
 from lightning_sft.models.lora_checkpoint import identify_base
-from lightning_sft.training.checkpoint import read_checkpoint
+from lightning_sft.models.ready import load_for_answers
+from lightning_sft.models.registry import get_config
 from lightning_sft.training.module import SFTModule
 from support.resuming import fit_until_done, stop_before
 from support.runs import (

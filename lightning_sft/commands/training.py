@@ -1,0 +1,197 @@
+"""`fit`, `validate`, `test` and `predict` at the command line.
+
+python -m lightning_sft fit --config gpt2-medium.yaml --trainer.max_epochs 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_sft.common.arguments import explain, find_option, without_option
+from lightning_sft.common.config_files import read_config
+from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.data.datamodule import InstructionDataModule
+from lightning_sft.data.entries import read_records
+from lightning_sft.judging.metrics import exact_match, token_f1
+from lightning_sft.models.checkpoint_file import read_checkpoint
+from lightning_sft.models.lora import final_architecture
+from lightning_sft.models.lora_checkpoint import saved_config
+from lightning_sft.runs.run_folder import RunClaim, run_of
+from lightning_sft.training.cli import ALLOWED_CLASSES, RUN_FOLDER_VARIABLE, SFTCLI, SaveRunConfig
+from lightning_sft.training.module import SFTModule
+from lightning_sft.training.response_writer import ResponseWriter
+from lightning_sft.training.signals import die_with_parent
+
+# How gloo and NCCL say that a process they talk to has died.
+LOST_PEER = "Connection (closed|reset) by peer|Connection refused|NCCL error|Broken pipe|timed out"
+
+
+def run_training(subcommand: str, arguments: list[str]) -> int:
+    """Parse `arguments` and run one of LightningCLI's subcommands.
+
+    Raises:
+        InputError: The command line or a config is wrong.
+    """
+    cli = _run(subcommand, arguments)
+    if subcommand == "predict" and cli.trainer.is_global_zero:
+        _print_likeness(cli.trainer)
+    return 0
+
+
+def measure_validation(arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """`validate`, with what it found as values.
+
+    Args:
+        arguments: As for `validate`; `--ckpt_path` among them.
+
+    Returns:
+        The run folder of the checkpoint (None but on the first rank); loss and perplexity, the
+        checkpoint's step, and how many parameters there are and are trained.
+    """
+    cli = _run("validate", arguments)
+    if cli.checkpoint is None:
+        raise InputError("recipes loss: --ckpt_path is missing")
+    parameters = list(cli.model.parameters())
+    found = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    found["step"] = cli._facts["step"] if cli._facts else 0
+    found["parameters"] = sum(p.numel() for p in parameters)
+    found["trained"] = sum(p.numel() for p in parameters if p.requires_grad)
+    return (cli.checkpoint.parent.parent if cli.trainer.is_global_zero else None), found
+
+
+def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
+    _quieten()
+    if RUN_FOLDER_VARIABLE in os.environ:
+        die_with_parent()  # a rank that Lightning started
+    jsonargparse.set_parsing_settings(
+        config_read_mode_fsspec_enabled=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=ALLOWED_CLASSES,
+    )
+    name = _first_config_name(arguments)
+    arguments = use_checkpoint_config(arguments)
+    if name is not None and not any(a.startswith("--run.name") for a in arguments):
+        arguments = [f"--run.name={name}", *arguments]
+    known, own_arguments = os.environ.get(RUN_FOLDER_VARIABLE), sys.argv
+    parsers: dict[str, Any] = {"exit_on_error": False, "default_env": False}
+    try:
+        # LightningCLI reads them from here, and so do the ranks that Lightning starts.
+        sys.argv = [own_arguments[0], subcommand, *arguments]
+        with RunClaim() as claim:
+            return SFTCLI(
+                SFTModule,
+                InstructionDataModule,
+                claim=claim,
+                save_config_callback=SaveRunConfig,
+                seed_everything_default=123,
+                auto_configure_optimizers=False,
+                parser_kwargs={**parsers, subcommand: parsers},
+            )
+    except MisconfigurationException as error:
+        raise InputError(f"{subcommand}: {explain(str(error))}") from None
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized() or not re.search(LOST_PEER, str(error)):
+            raise
+        reason = " ".join(str(error).split())[-150:]
+        raise ServiceError(
+            f"{subcommand}: another process of this run is gone ({reason}); its own output says "
+            "why; go on with --ckpt_path last"
+        ) from error
+    finally:
+        sys.argv = own_arguments
+        if known is None:
+            os.environ.pop(RUN_FOLDER_VARIABLE, None)
+
+
+def use_checkpoint_config(arguments: list[str]) -> list[str]:
+    """Without `--config`, take the configuration of the run that a checkpoint belongs to.
+
+    A checkpoint away from its run folder brings its own hyperparameters. Explicit options come
+    behind and win. A `.pth` given as checkpoint becomes the model's weights.
+    """
+    path = find_option(arguments, "--ckpt_path")
+    if path is None or path in ("last", "best") or not Path(path).is_file():
+        return arguments
+    checkpoint = Path(path).resolve()
+    is_checkpoint = checkpoint.suffix == ".ckpt"
+    if not is_checkpoint:
+        arguments = [*without_option(arguments, "--ckpt_path"), f"--model.weights={checkpoint}"]
+    if find_option(arguments, "--config") is not None or find_option(arguments, "-c") is not None:
+        return arguments
+    if (run := run_of(checkpoint)) is not None:
+        merged = [] if is_checkpoint else _describe_merged(run / "config.yaml")
+        return [f"--config={run / 'config.yaml'}", *merged, *arguments]
+    if not is_checkpoint:
+        raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
+    hparams = read_checkpoint(checkpoint)["hyper_parameters"]
+    base = []
+    if (adapted := saved_config(hparams)) is not None:
+        base = [
+            f"--model.lora={json.dumps(adapted.as_dict())}",
+            f"--model.weights={hparams.get('weights') or 'null'}",
+            f"--seed_everything={hparams.get('seed', 123)}",
+        ]
+    return [
+        *base,
+        f"--model.architecture={json.dumps(hparams['architecture'])}",
+        f"--data.prompt_style={json.dumps(hparams['prompt_style'])}",
+        f"--data.header_in_prompt={json.dumps(hparams['header_in_prompt'])}",
+        *arguments,
+    ]
+
+
+def _describe_merged(config: Path) -> list[str]:
+    """Options for the `.pth` of a LoRA run: its adapters are merged, its head is its own."""
+    model = read_config(config).get("model", {})
+    if not model.get("lora"):
+        return []
+    architecture = json.dumps(dataclasses.asdict(final_architecture(model)))
+    return ["--model.lora=null", f"--model.architecture={architecture}"]
+
+
+def _first_config_name(arguments: list[str]) -> str | None:
+    path = find_option(arguments, "--config") or find_option(arguments, "-c")
+    return Path(path).stem if path is not None else None
+
+
+def _quieten() -> None:
+    """Drop what a user of this tool can do nothing about."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: not re.search("Tip:|TPU available", record.getMessage()))
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # TokenLoss has summed up
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+
+
+def _print_likeness(trainer: Trainer) -> None:
+    """How near the answers are to the wanted ones, for a first look; `report` says more."""
+    writer = next(c for c in trainer.callbacks if isinstance(c, ResponseWriter))  # type: ignore[attr-defined]
+    records = read_records(writer.path)
+    pairs = [(record["model_response"], record["output"]) for record in records]
+    if not all(wanted for _, wanted in pairs):
+        return
+    identical = sum(answer == wanted for answer, wanted in pairs)
+    exact, f1 = (
+        sum(metric(answer, wanted) for answer, wanted in pairs) / len(pairs)
+        for metric in (exact_match, token_f1)
+    )
+    share = 100 * identical / len(pairs)
+    print(
+        f"  identical     {share:5.1f} %  ({identical} of {len(pairs)})\n"
+        f"  exact match   {exact:5.1f} %  (but for case, stops, articles)\n"
+        f"  token F1      {f1:5.1f} %"
+    )

@@ -1,0 +1,159 @@
+"""Rows → batches: padded as in the chapter, or packed without padding.
+
+`collate` is the chapter's: one end-of-text token behind every row, padding on the right, targets
+shifted by one, `-100` where there is no loss. `pack` lays the same rows out without padding and,
+with `share_prefix`, without computing what rows have in common more than once; the loss and its
+gradient are the same.
+
+    >>> collate([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]])["targets"]
+    tensor([[    1,     2,     3,     4, 50256],
+            [    6, 50256,  -100,  -100,  -100],
+            [    8,     9, 50256,  -100,  -100]])
+
+Source: listings 7.4 to 7.6 and exercise 7.2 of "Build a Large Language Model (From Scratch)".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_sft.data.loader import Batch
+from lightning_sft.data.rows import (
+    Row,
+)
+from lightning_sft.data.tokenizer import END_OF_TEXT
+
+IGNORE_INDEX = -100  # a target of this value has no loss; torch's own default
+
+
+def collate(
+    rows: Sequence[Row | Sequence[int]],
+    *,
+    pad_token_id: int = END_OF_TEXT,
+    eos_token_id: int = END_OF_TEXT,
+    ignore_index: int = IGNORE_INDEX,
+    max_length: int | None = None,
+    mask_prompt: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Pad rows to the longest of the batch and shift them into inputs and targets.
+
+    Padding is masked by length, never by value: end-of-text tokens inside a row keep their loss.
+
+    Args:
+        rows: `Row`s, or plain lists of ids; without their end-of-text token.
+        max_length: Most input tokens; a longer row is cut and then ends without end-of-text.
+        mask_prompt: No loss for the prompt's own tokens (figure 7.13).
+
+    Returns:
+        `input_ids` and `targets`, both (B, T) int64.
+    """
+    sequences = _sequences(rows, eos_token_id, max_length)
+    longest = max(len(ids) for ids, _, _ in sequences) - 1
+    input_ids = torch.full((len(rows), longest), pad_token_id)
+    targets = torch.full((len(rows), longest), ignore_index)
+    for place, (ids, prompt_length, repeated) in enumerate(sequences):
+        row = torch.as_tensor(ids)
+        input_ids[place, : len(ids) - 1] = row[:-1]
+        if not repeated:
+            first = max(prompt_length - 1, 0) if mask_prompt else 0
+            targets[place, first : len(ids) - 1] = row[first + 1 :]
+    return {"input_ids": input_ids, "targets": targets}
+
+
+def pack(
+    rows: Sequence[Row | Sequence[int]],
+    *,
+    share_prefix: bool = False,
+    eos_token_id: int = END_OF_TEXT,
+    ignore_index: int = IGNORE_INDEX,
+    max_length: int | None = None,
+    mask_prompt: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Lay rows end to end, each token once.
+
+    With `share_prefix` the rows form a prefix tree: a token is a child of the one before it, and
+    rows that begin alike walk the same path until they part. Under causal attention a token's
+    state depends on its path alone, so one copy serves all rows exactly, whatever they share.
+
+    Returns:
+        `input_ids` (N,) and `targets` (B, T) as in `collate`, and the layout that `GPTModel` takes:
+        `positions` (N,), `gather` (B, T), `scatter` (N,).
+    """
+    padded = collate(
+        rows,
+        eos_token_id=eos_token_id,
+        ignore_index=ignore_index,
+        max_length=max_length,
+        mask_prompt=mask_prompt,
+    )
+    width = padded["targets"].shape[1]
+    node_of: dict[tuple[int, int], int] = {}
+    input_ids: list[int] = []
+    positions: list[int] = []
+    scatter: list[int] = []
+    gather = torch.zeros(len(rows), width, dtype=torch.int64)
+    for place, (ids, _, _) in enumerate(_sequences(rows, eos_token_id, max_length)):
+        path: list[int] = []
+        parent = -1 if share_prefix else -1 - place  # a root for all rows, or one for each
+        for position, token in enumerate(ids[:-1]):
+            node = node_of.setdefault((parent, token), len(input_ids))
+            if node == len(input_ids):
+                input_ids.append(token)
+                positions.append(position)
+                scatter.append(place * width + position)
+            path.append(node)
+            parent = node
+        gather[place, : len(path)] = torch.tensor(path)
+    return {
+        "input_ids": torch.tensor(input_ids),
+        "targets": padded["targets"],
+        "positions": torch.tensor(positions),
+        "gather": gather,
+        "scatter": torch.tensor(scatter),
+    }
+
+
+def _sequences(
+    rows: Sequence[Row | Sequence[int]], eos_token_id: int, max_length: int | None
+) -> list[tuple[list[int], int, bool]]:
+    """(ids with end-of-text, prompt length, whether the row only fills up) of every row."""
+    sequences = []
+    for row in rows:
+        row = row if isinstance(row, Row) else Row(row)
+        ids = [*map(int, row.ids), eos_token_id]
+        if max_length is not None:
+            ids = ids[: max_length + 1]  # the last input still has its target
+        sequences.append((ids, row.prompt_length, row.index < 0))
+    return sequences
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Rows → one training or validation batch, with the settings of a data module.
+
+    A class rather than a closure, so that worker processes can receive it.
+    """
+
+    max_length: int
+    mask_prompt: bool
+    padding_free: bool
+    share_prefix: bool
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        settings = {"max_length": self.max_length, "mask_prompt": self.mask_prompt}
+        if self.padding_free or self.share_prefix:
+            batch: Batch = dict(pack(rows, share_prefix=self.share_prefix, **settings))  # type: ignore[arg-type]
+        else:
+            batch = dict(collate(rows, **settings))  # type: ignore[arg-type]
+        return batch | {"index": torch.tensor([row.index for row in rows])}
+
+
+def collate_prompts(rows: list[Row]) -> Batch:
+    """Rows → what generation needs: `prompts`, lists of ids, and `index`, the entries' places."""
+    return {
+        "prompts": [list(map(int, row.ids[: row.prompt_length])) for row in rows],
+        "index": [row.index for row in rows],
+    }

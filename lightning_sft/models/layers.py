@@ -1,0 +1,42 @@
+"""What the decoders share: where the tokens of a packed batch belong, and a linear layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class PackedLayout(NamedTuple):
+    """Where the tokens of a packed batch belong: no padding, and no prefix computed twice.
+
+    A packed batch is one flat list of N tokens. Everything but attention works on tokens one by
+    one and never needs to know of rows; attention gathers its rows, and takes one copy back.
+
+    positions: (N,) each token's place in its row.
+    gather: (B, T) the flat index of every row's tokens; padded on the right with any index.
+    scatter: (N,) for each flat token one place in the B·T gathered ones that holds it.
+    """
+
+    positions: torch.Tensor
+    gather: torch.Tensor
+    scatter: torch.Tensor
+
+
+class Linear(nn.Linear):
+    """A linear layer that is also quick with the few rows of a decoding step.
+
+    On CPUs `W x^T` takes about half the time of `x W^T` for 2 to 64 rows: the weight, which is all
+    there is to read, is then walked through in its own order.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        num_rows = x.numel() // self.in_features
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not 2 <= num_rows <= 64:
+            return F.linear(x, self.weight, self.bias)
+        product = self.weight @ x.reshape(num_rows, -1).T  # (out, rows)
+        if self.bias is not None:
+            product += self.bias[:, None]
+        return product.T.contiguous().view(*x.shape[:-1], -1)
