@@ -44,6 +44,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def rotation_rates(config: LlamaConfig, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(E/2,) float32: how far each pair of a head's numbers turns from a token to the next."""
+    pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    rates = 1.0 / config.rope_base ** (pairs / config.head_dim)  # radians
+    if (scaling := config.rope_freq) is None:
+        return rates
+    turns = scaling.original_context_length / (2 * math.pi / rates)  # in the original context
+    width = scaling.high_freq_factor - scaling.low_freq_factor
+    fast = ((turns - scaling.low_freq_factor) / width).clamp(0, 1)  # 1: left alone
+    return (1 - fast) * rates / scaling.factor + fast * rates
+
+
 def rotation_of(positions: torch.Tensor, config: LlamaConfig) -> Rotation:
     """Cosine and sine by which the tokens at these positions are rotated.
 
@@ -56,17 +68,8 @@ def rotation_of(positions: torch.Tensor, config: LlamaConfig) -> Rotation:
     Returns:
         Two tensors (…, 1, E), float32, whose second half repeats the first; 1 stands for the heads.
     """
-    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    turn = 1.0 / config.rope_base ** (pairs / config.head_dim)  # (E/2,) radians a token
-    if (scaling := config.rope_freq) is not None:
-        wavelength = 2 * math.pi / turn
-        turns = scaling.original_context_length / wavelength
-        fast = (turns - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        fast = fast.clamp(0, 1)
-        turn = (1 - fast) * turn / scaling.factor + fast * turn
-    angles = positions[..., None, None].float() * turn  # (…, 1, E/2)
+    rates = rotation_rates(config, positions.device)
+    angles = positions[..., None, None].float() * rates  # (…, 1, E/2)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
