@@ -13,14 +13,12 @@ import torch
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.gguf_header import read_gguf_header
 from lightning_sft.models.gguf_file import halves_from_pairs, pairs_from_halves, read_gguf
-from lightning_sft.models.llama import LlamaModel
 from lightning_sft.models.llama_config import SIZES, LlamaConfig, RopeFrequencies
-from lightning_sft.models.llama_weights import from_hf
 from support.real_model import real_gguf as _real_gguf
 from support.tiny_llama import CONFIGS, make_llama
 
 gguf = pytest.importorskip("gguf")
-from support.tiny_gguf import QUANTIZED, write_gguf  # noqa: E402
+from support.tiny_gguf import QUANTIZED, load, write_gguf  # noqa: E402
 
 real_gguf = pytest.fixture(scope="session")(_real_gguf)
 
@@ -31,19 +29,6 @@ SAID = {
     else config
     for kind, config in CONFIGS.items()
 }
-
-
-def load(path: Path) -> LlamaModel:
-    config, tensors = read_gguf(path)
-    with torch.device("meta"):
-        model = LlamaModel(config)
-    model.materialize()
-    state = from_hf(tensors, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state.pop(name))
-    assert not state
-    return model.eval()
 
 
 @pytest.mark.parametrize("kind", SAID)

@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written by the package gguf as llama.cpp's converter does."""
+"""GGUF files: tiny models written by the package gguf as llama.cpp's converter does, and read."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 
+from lightning_sft.models.gguf_file import read_gguf
 from lightning_sft.models.llama import LlamaModel, rotation_rates
 from lightning_sft.models.llama_config import LlamaConfig
-from lightning_sft.models.llama_weights import gguf_names, iterate_hf, model_type
+from lightning_sft.models.llama_weights import from_hf, gguf_names, iterate_hf, model_type
 
 QUANTIZED = ("q8_0", "q4_0", "q4_1")
 
@@ -77,3 +79,17 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return expected
+
+
+def load(path: Path) -> LlamaModel:
+    """The model of a file; every tensor has its place, and every place its tensor."""
+    config, tensors = read_gguf(path)
+    with torch.device("meta"):
+        model = LlamaModel(config)
+    model.materialize()
+    state = from_hf(tensors, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state.pop(name))
+    assert not state
+    return model.eval()
