@@ -97,6 +97,11 @@ class LlamaConfig:
             raise InputError(f"architecture: head_dim {self.head_dim} is odd; rotations need pairs")
 
     @property
+    def drop_rate(self) -> float:
+        """None of these models was trained with dropout."""
+        return 0.0
+
+    @property
     def cache_shape(self) -> CacheShape:
         """Keys and values of the groups alone, which is what grouping saves."""
         return CacheShape(self.n_layers, self.n_kv_groups, self.head_dim)
@@ -140,3 +145,23 @@ SIZES = {
         151936, 40960, 2048, 16, 28, 6144, 8, 128, 1e6, None, False, True, 1e-6
     ),
 }
+# What was tuned to follow instructions is built like what it was tuned from. (Qwen3's base models
+# saw 32,768 tokens at once; the number is a limit here and changes nothing that is computed.)
+SIZES |= {f"{name}-instruct": config for name, config in SIZES.items()}
+# On the Hugging Face hub.
+REPOSITORIES = {
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
+    "qwen3-0.6b-instruct": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B-Base",
+    "qwen3-1.7b-instruct": "Qwen/Qwen3-1.7B",
+}
+_TUNED_BESIDE = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+}
+REPOSITORIES |= _TUNED_BESIDE
+REPOSITORIES |= {f"{name}-instruct": f"{place}-Instruct" for name, place in _TUNED_BESIDE.items()}

@@ -57,17 +57,22 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def from_hf(tensors: Tensors, config: LlamaConfig) -> dict[str, torch.Tensor]:
-    """Rename Hugging Face's tensors into a state dict of `LlamaModel`; nothing is copied.
+    """Rename Hugging Face's tensors, or the book's, into a state dict of `LlamaModel`.
 
-    What has no place in a model of `config.n_layers` keeps its name.
+    What has no place in a model of `config.n_layers` keeps its name; nothing is copied.
     """
     names = {theirs.removeprefix("model."): ours for ours, theirs in hf_names(config.n_layers)}
     stripped = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     return {
-        names.get(name, name): tensor
+        names.get(name, _from_qwen3(name)): tensor
         for name, tensor in stripped.items()
-        if not name.endswith("rotary_emb.inv_freq")  # a buffer that old files carry along
+        if not is_rotary_buffer(name)
     }
+
+
+def is_rotary_buffer(name: str) -> bool:
+    """Whether a tensor of that name is one that old files carry along, and no weight."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def to_hf(state_dict: Tensors) -> dict[str, torch.Tensor]:
@@ -90,19 +95,6 @@ def iterate_hf(state_dict: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
             yield theirs, state_dict[ours]
 
 
-def from_book(tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The book's `Llama3Model` or `Qwen3Model` → ours: Qwen3's norms call their gain `scale`."""
-    return {
-        name.removesuffix("scale") + "weight" if is_scale(name) else name: tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def is_scale(name: str) -> bool:
-    """Whether that is a norm's gain in the book's `Qwen3Model`."""
-    return name.endswith(".scale") and _NORM.fullmatch(name) is not None
-
-
 def book_state_dict(model: LlamaModel) -> dict[str, torch.Tensor]:
     """The state dict of the book's `Llama3Model` or, with q/k norms, of its `Qwen3Model`."""
     state = model.state_dict()
@@ -112,6 +104,12 @@ def book_state_dict(model: LlamaModel) -> dict[str, torch.Tensor]:
         name.removesuffix("weight") + "scale" if _NORM.fullmatch(name) else name: tensor
         for name, tensor in state.items()
     }
+
+
+def _from_qwen3(name: str) -> str:
+    """Our name of what the book's `Qwen3Model` calls `scale`, the gain of a norm."""
+    is_gain = name.endswith(".scale") and _NORM.fullmatch(name)
+    return name.removesuffix("scale") + "weight" if is_gain else name
 
 
 def hf_names(n_layers: int) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from lightning_sft.data.batching import collate, pack
 from lightning_sft.models.cache import KVCache
 from lightning_sft.models.layers import PackedLayout
 from lightning_sft.models.llama import LlamaModel, rotate, rotation_of, run_block
-from lightning_sft.models.llama_config import SIZES, LlamaConfig
+from lightning_sft.models.llama_config import REPOSITORIES, SIZES, LlamaConfig
 from lightning_sft.training.loss import sum_cross_entropy
 from support.tiny_llama import CONFIGS, SIZE, make_llama
 
@@ -52,11 +52,18 @@ PUBLISHED = {
 
 def test_the_published_numbers_of_parameters():
     counts = {}
-    for name, config in SIZES.items():
+    for name in PUBLISHED:
         with torch.device("meta"):
-            model = LlamaModel(config)
+            model = LlamaModel(SIZES[name])
         counts[name] = sum(parameter.numel() for parameter in model.parameters())
     assert counts == PUBLISHED
+
+
+def test_each_size_has_a_place_on_the_hub():
+    assert SIZES.keys() == REPOSITORIES.keys()
+    assert SIZES.keys() == PUBLISHED.keys() | {f"{name}-instruct" for name in PUBLISHED}
+    assert REPOSITORIES["llama3.2-1b-instruct"] == "meta-llama/Llama-3.2-1B-Instruct"
+    assert SIZES["qwen2.5-0.5b-instruct"] == SIZES["qwen2.5-0.5b"]
 
 
 @pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.2-3b", "qwen3-0.6b", "qwen3-1.7b"])
