@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_sft.data.entries import Entry, read_entries, read_records
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.entries import Entry, read_entries, read_records
 
 RESPONSES_NAME = "instruction-data-with-response.json"
 
