@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from lightning_sft import SFTModule
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import book_state_dict, to_hf
+from lightning_sft.models.gpt2_weights import to_hf
+from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.lora import (
     LoRAConfig,
     LoRALinear,

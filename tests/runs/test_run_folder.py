@@ -15,8 +15,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.runs.run_folder import (
+    RunClaim,
+    newest_run,
+    next_version,
+    run_of,
+    version_numbers,
+)
 from lightning_sft.training.loggers import COLUMNS, EventsLogger, MetricsFile, rewind
-from lightning_sft.runs.run_folder import RunClaim, newest_run, next_version, run_of, version_numbers
 
 
 @pytest.fixture
