@@ -16,9 +16,9 @@ def peak_memory() -> float:
 
 
 def get_config(run: Namespace) -> Any:
-    from lightning_sft.models import gpt2 as model
+    from lightning_sft.models import registry
 
-    return model.get_config(run.architecture)
+    return registry.get_config(run.architecture)
 
 
 def make_chapter_model(run: Namespace) -> Any:

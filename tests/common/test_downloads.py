@@ -409,7 +409,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 CHILD = (
-    "import contextlib, sys; from lightning_sft import downloads; "
+    "import contextlib, sys; from lightning_sft.common import downloads; "
     "{}downloads.download(*sys.argv[1:3])"
 )
 

@@ -144,5 +144,7 @@ def test_text_modules_do_without_torch():
         done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
         return done.returncode == 0
 
-    assert imports_without_torch("entries", "prompts", "tokenizer", "rows")
-    assert not imports_without_torch("loss")  # control
+    assert imports_without_torch(
+        *(f"data.{name}" for name in ("entries", "prompts", "tokenizer", "rows", "order"))
+    )
+    assert not imports_without_torch("training.loss")  # control

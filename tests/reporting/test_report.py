@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from lightning_sft.common.errors import IncompleteError, InputError
+from lightning_sft.common.pages import embed_json
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.score import score
-from lightning_sft.reporting import pages
+from lightning_sft.reporting import pages, report_page
 from lightning_sft.reporting.charts import bar_chart, line_chart
 from lightning_sft.reporting.report import collect, report
 from lightning_sft.runs.responses import RESPONSES_NAME
@@ -233,7 +234,7 @@ def test_policy_names_the_hash_of_what_the_page_holds(run):
 
 
 def test_data_cannot_end_its_script():
-    embedded = pages.embed_json({"text": EVIL})
+    embedded = embed_json({"text": EVIL})
     assert "<" not in embedded
     assert json.loads(embedded) == {"text": EVIL}
 
@@ -256,7 +257,7 @@ def test_worst_comes_first(run):
 def test_report_is_written_atomically(run, monkeypatch):
     report(run)
     before = (run / "report.html").read_text()
-    monkeypatch.setattr(pages, "build_page", lambda *_: 1 / 0)
+    monkeypatch.setattr(report_page, "build_page", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report(run)
     assert (run / "report.html").read_text() == before
