@@ -64,7 +64,7 @@ def open_regular(path: str | Path, most: int | None = None) -> BinaryIO:
         if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: not a regular file")
         if most is not None and found.st_size > most:
-            raise InputError(f"{path}: has {found.st_size:,} bytes; at most {most:,} are read")
+            raise InputError(f"{path}: is over {most:,} bytes; it has {found.st_size:,}")
         return open(descriptor, "rb")  # noqa: PTH123 - it is open already
     except BaseException:
         os.close(descriptor)
@@ -80,7 +80,7 @@ def read_bytes(path: str | Path, most: int = MOST) -> bytes:
     with open_regular(path, most) as file:
         content = file.read(most + 1)
     if len(content) > most:  # files of /proc call themselves empty
-        raise InputError(f"{path}: has more than {most:,} bytes")
+        raise InputError(f"{path}: is over {most:,} bytes")
     return content
 
 

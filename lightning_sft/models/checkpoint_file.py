@@ -26,7 +26,6 @@ SETTING_KINDS: dict[str, type | tuple[type, ...]] = {
     "prompt_style": (str, dict),
     "header_in_prompt": bool,
     "weights": (str, type(None)),
-    "lora": (dict, type(None)),
     "generation": (dict, type(None)),
     "seed": int,
 }

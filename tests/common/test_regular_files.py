@@ -57,9 +57,9 @@ def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(10**12)  # a terabyte that takes no room
     for read in (files.read_bytes, files.read_text, files.read_json):
-        with pytest.raises(InputError, match=r"1,000,000,000,000 bytes; at most"):
+        with pytest.raises(InputError, match=r"is over [\d,]+ bytes; it has 1,000,000,000,000"):
             read(path)
-    with pytest.raises(InputError, match="more than 100 bytes"):
+    with pytest.raises(InputError, match="is over 100 bytes"):
         files.read_bytes("/proc/self/maps", most=100)  # which says that it has none
 
 
