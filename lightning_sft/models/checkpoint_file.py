@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
-from lightning_sft.models.tensor_files import check_finite, check_torch, read_torch
+from lightning_sft.models.tensor_files import DamagedError, check_finite, check_torch, read_torch
 
 VERSION_KEY = "pytorch-lightning_version"
 # What Lightning and this package write into every checkpoint, and of which type.
@@ -52,10 +52,10 @@ def read_checkpoint(
     check = not mmap if check is None else check
     if not path.is_file():
         raise InputError(f"ckpt_path: {path} is not a file")
-    if check:
-        check_whole(path)
     try:
-        checkpoint = read_torch(path, map_location, check=False, mmap=mmap)
+        checkpoint = read_torch(path, map_location, check=check, mmap=mmap)
+    except DamagedError as error:
+        raise InputError(f"ckpt_path: {error}") from None
     except InputError as error:
         reason = str(error).removeprefix(f"{path}").strip(": ")
         raise InputError(f"ckpt_path: {path} is not a checkpoint ({reason})") from None

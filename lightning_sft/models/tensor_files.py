@@ -31,13 +31,17 @@ ZIP_START = b"PK\x03\x04"  # how torch tells its archive from the pickles before
 EXPORT_MARK = "export.json"  # of an exported folder; names its files and their digests
 
 
+class DamagedError(InputError):
+    """A file is not the one whose digest was written down."""
+
+
 def read_torch(
     path: Path, map_location: Any = "cpu", *, check: bool = True, mmap: bool = True
 ) -> Any:
     """What `torch.save` wrote.
 
     Args:
-        check: Compare with the digest or the CRCs; leave it out only where it was just done.
+        check: Compare with the digest, else the CRCs; leave it out only where it was just done.
         mmap: Map tensors, copied when they are written to; False reads them.
 
     Raises:
@@ -88,7 +92,7 @@ def check_digest(path: Path) -> bool:
     if expected is None:
         return False
     if files.sha256_of(path) != expected:
-        raise InputError(f"{path} is damaged (its sha256 differs from {record})")
+        raise DamagedError(f"{path} is damaged (its sha256 differs from {record})")
     return True
 
 

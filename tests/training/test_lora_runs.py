@@ -245,7 +245,7 @@ def test_random_weights_are_made_again_from_the_seed(
     [
         (
             ["--model.lora=null"],
-            "holds LoRA adapters; add --config lora-peft.yaml, or --model.lora '{",
+            "LoRA adapters; add --config lora-peft.yaml, or --model.lora '{",
         ),
         (["--model.lora.scaling=alpha"], "model.lora.scaling alpha_over_rank, the configuration"),
         (["--model.lora.rank=8"], "trained with model.lora.rank 4, the configuration has 8"),
