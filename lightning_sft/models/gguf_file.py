@@ -22,9 +22,10 @@ import torch
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from lightning_sft.models import gpt2_weights, llama_weights
+from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.llama import rotation_rates
 from lightning_sft.models.llama_config import LlamaConfig, RopeFrequencies
-from lightning_sft.models.llama_weights import gguf_names
 
 # GGML's numbers of the types that torch has itself, and which numpy type carries their bytes.
 _PLAIN = {
@@ -36,7 +37,9 @@ _PLAIN = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def config_from_gguf(header: GGUFHeader, factors: torch.Tensor | None = None) -> LlamaConfig:
+def config_from_gguf(
+    header: GGUFHeader, factors: torch.Tensor | None = None
+) -> LlamaConfig | GPTConfig:
     """The configuration that a file's facts describe.
 
     Args:
@@ -47,16 +50,23 @@ def config_from_gguf(header: GGUFHeader, factors: torch.Tensor | None = None) ->
     """
     kind = architecture_of(header)
     facts = _Facts(header.facts, kind)
+    n_heads = facts.get("attention.head_count")
+    sizes = {
+        "vocab_size": _place_of(header, "token_embd.weight").shape[0],
+        "context_length": facts.get("context_length"),
+        "emb_dim": facts.get("embedding_length"),
+        "n_heads": n_heads,
+        "n_layers": facts.get("block_count"),
+        "tie_embeddings": "output.weight" not in header.tensors,
+    }
+    if kind == "gpt2":
+        facts.refuse("feed_forward_length", 4 * sizes["emb_dim"])
+        return GPTConfig(**sizes)
     facts.refuse("expert_count", 0)
     facts.refuse("attention.sliding_window", 0)
     facts.refuse("rope.scaling.type", "none")
-    n_heads = facts.get("attention.head_count")
     config = LlamaConfig(
-        vocab_size=_place_of(header, "token_embd.weight").shape[0],
-        context_length=facts.get("context_length"),
-        emb_dim=facts.get("embedding_length"),
-        n_heads=n_heads,
-        n_layers=facts.get("block_count"),
+        **sizes,
         hidden_dim=facts.get("feed_forward_length"),
         n_kv_groups=facts.get("attention.head_count_kv", n_heads),
         head_dim=facts.get("attention.key_length", 0),
@@ -64,14 +74,13 @@ def config_from_gguf(header: GGUFHeader, factors: torch.Tensor | None = None) ->
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         norm_eps=_shortest(facts.get("attention.layer_norm_rms_epsilon")),
-        tie_embeddings="output.weight" not in header.tensors,
     )
     facts.refuse("rope.dimension_count", config.head_dim)
     facts.refuse("attention.value_length", config.head_dim)
     return config if factors is None else _with_scaling(config, factors)
 
 
-def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
+def read_gguf(path: Path) -> tuple[LlamaConfig | GPTConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a file; the latter under Hugging Face's names.
 
     F32, F16 and BF16 are memory-mapped, all else becomes float32.
@@ -85,25 +94,37 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
         name: _read_tensor(content, place, f"{path}: {name}")
         for name, place in header.tensors.items()
     }
+    kind = architecture_of(header)
     config = config_from_gguf(header, tensors.pop(_ROPE_FACTORS, None))
-    names = {gguf: hf for hf, gguf in gguf_names(config.n_layers).items()}
-    if architecture_of(header) == "llama":
-        for name, heads in (("attn_q", config.n_heads), ("attn_k", config.n_kv_groups)):
-            for layer in range(config.n_layers):
-                key = f"blk.{layer}.{name}.weight"
-                if key in tensors:
-                    tensors[key] = halves_from_pairs(tensors[key], heads)
-    return config, {names.get(name, name): tensor for name, tensor in tensors.items()}
+    all_names = gpt2_weights.gguf_names if kind == "gpt2" else llama_weights.gguf_names
+    names = {gguf: hf for hf, gguf in all_names(config.n_layers).items()}
+    return config, {
+        names.get(name, name): _rearrange(name, tensor, kind, config)
+        for name, tensor in tensors.items()
+    }
+
+
+def _rearrange(
+    name: str, tensor: torch.Tensor, kind: str, config: LlamaConfig | GPTConfig
+) -> torch.Tensor:
+    """A tensor as Hugging Face has it: only two architectures are arranged otherwise in GGUF."""
+    if kind == "gpt2" and name.startswith("blk.") and tensor.ndim == 2:
+        return tensor.T  # (in, out) there
+    if kind == "llama" and name.endswith("attn_q.weight"):
+        return halves_from_pairs(tensor, config.n_heads)
+    if kind == "llama" and name.endswith("attn_k.weight"):
+        return halves_from_pairs(tensor, config.cache_shape.kv_heads)
+    return tensor
 
 
 def architecture_of(header: GGUFHeader) -> str:
-    """`llama`, `qwen2` or `qwen3`.
+    """`gpt2`, `llama`, `qwen2` or `qwen3`.
 
     Raises:
         InputError: Any other.
     """
     kind = header.facts.get("general.architecture")
-    if kind not in (allowed := ("llama", "qwen2", "qwen3")):
+    if kind not in (allowed := ("gpt2", "llama", "qwen2", "qwen3")):
         raise InputError(f"GGUF: architecture {kind!r} is not one of {', '.join(allowed)}")
     return str(kind)
 

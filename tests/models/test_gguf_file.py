@@ -12,7 +12,11 @@ import torch
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.gguf_header import read_gguf_header
+from lightning_sft.data.prompts import get_style
+from lightning_sft.exporting import export_gguf
+from lightning_sft.models import gpt2_weights
 from lightning_sft.models.gguf_file import halves_from_pairs, pairs_from_halves, read_gguf
+from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.llama_config import SIZES, LlamaConfig, RopeFrequencies
 from support.real_model import real_gguf as _real_gguf
 from support.tiny_llama import CONFIGS, make_llama
@@ -39,6 +43,18 @@ def test_a_model_comes_back_whole(kind, tmp_path: Path):
     assert again.config == model.config
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_gpt2_comes_back_whole(tie_embeddings, make_model, tmp_path: Path):
+    sizes = {"vocab_size": 50257, "context_length": 16, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
+    model = make_model(GPTConfig(**sizes, tie_embeddings=tie_embeddings))
+    export_gguf.write_gguf(model, get_style("alpaca"), "tiny", tmp_path / "model.gguf")
+    config, tensors = read_gguf(tmp_path / "model.gguf")
+    assert config == model.config
+    state = gpt2_weights.from_hf(tensors, config)
+    assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
+    assert len(state) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "qwen2.5", "qwen3", "qwen3-untied"])
@@ -132,7 +148,7 @@ def test_another_architecture_is_refused(tmp_path: Path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(InputError, match=r"^GGUF: architecture 'mamba' is not one of llama"):
+    with pytest.raises(InputError, match=r"^GGUF: architecture 'mamba' is not one of gpt2, llama"):
         read_gguf(tmp_path / "model.gguf")
 
 

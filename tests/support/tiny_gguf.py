@@ -84,6 +84,7 @@ def write_gguf(
 def load(path: Path) -> LlamaModel:
     """The model of a file; every tensor has its place, and every place its tensor."""
     config, tensors = read_gguf(path)
+    assert isinstance(config, LlamaConfig)
     with torch.device("meta"):
         model = LlamaModel(config)
     model.materialize()
