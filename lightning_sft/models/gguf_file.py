@@ -50,13 +50,15 @@ def config_from_gguf(
     """
     kind = architecture_of(header)
     facts = _Facts(header.facts, kind)
-    n_heads = facts.get("attention.head_count")
+    n_heads, n_layers = facts.get("attention.head_count"), facts.get("block_count")
+    if n_layers not in range(len(header.tensors) + 1):  # a damaged one can be billions
+        raise InputError(f"GGUF: {kind}.block_count {n_layers!r} is more than there are tensors")
     sizes = {
         "vocab_size": _place_of(header, "token_embd.weight").shape[0],
         "context_length": facts.get("context_length"),
         "emb_dim": facts.get("embedding_length"),
         "n_heads": n_heads,
-        "n_layers": facts.get("block_count"),
+        "n_layers": n_layers,
         "tie_embeddings": "output.weight" not in header.tensors,
     }
     if kind == "gpt2":
@@ -110,10 +112,14 @@ def _rearrange(
     """A tensor as Hugging Face has it: only two architectures are arranged otherwise in GGUF."""
     if kind == "gpt2" and name.startswith("blk.") and tensor.ndim == 2:
         return tensor.T  # (in, out) there
-    if kind == "llama" and name.endswith("attn_q.weight"):
-        return halves_from_pairs(tensor, config.n_heads)
-    if kind == "llama" and name.endswith("attn_k.weight"):
-        return halves_from_pairs(tensor, config.cache_shape.kv_heads)
+    if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+        _, kv_heads, head_dim = config.cache_shape
+        heads = kv_heads if name.endswith("attn_k.weight") else config.n_heads
+        if tensor.ndim != 2 or tensor.shape[0] != heads * head_dim:
+            raise InputError(
+                f"GGUF: {name} is {tuple(tensor.shape)}, not {heads} x {head_dim} rows"
+            )
+        return halves_from_pairs(tensor, heads)
     return tensor
 
 

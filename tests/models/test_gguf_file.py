@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from pathlib import Path
 
@@ -160,6 +161,24 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path):
         cut.write_bytes(content[:length])
         with pytest.raises(InputError, match=r"cut\.gguf: "):
             read_gguf(cut)
+
+
+def test_a_damaged_header_is_refused_or_read(tmp_path: Path):
+    """Any bytes of it may be others: one line, and no endless loop."""
+    write_gguf(make_llama(CONFIGS["smollm2"]), tmp_path / "model.gguf")
+    content, draw = (tmp_path / "model.gguf").read_bytes(), random.Random(1)
+    messages, damaged = [], tmp_path / "damaged.gguf"
+    for _ in range(150):
+        changed = bytearray(content)
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            changed[draw.randrange(2300)] = draw.choice([0, 1, 255, draw.randrange(256)])
+        damaged.write_bytes(changed)
+        try:
+            read_gguf(damaged)
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert not any("\n" in message for message in messages)
 
 
 @pytest.mark.slow
