@@ -41,7 +41,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(emb_dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Under autocast queries and keys come in half precision, in which a sum of squares is poor.
+        wide = x.to(self.weight.dtype)
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 def rotation_rates(config: LlamaConfig, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -147,6 +147,21 @@ def test_rotations_of_a_model_in_half_precision_are_computed_in_float32():
     assert cosine[:, 0, 0].tolist() == pytest.approx([math.cos(8000), math.cos(8001)], abs=1e-4)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_half_precision(kind):
+    """Under autocast and as a whole, with a cache too: as near as three digits can be."""
+    model, input_ids = make_llama(CONFIGS[kind]).requires_grad_(False), random_ids(2, 20)
+    expected = model(input_ids)
+    near = {"atol": 0.06, "rtol": 0.0}  # of logits up to 3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(input_ids).float(), expected, **near)
+    half = make_llama(CONFIGS[kind], dtype=torch.bfloat16).requires_grad_(False)
+    cache = make_cache(half, 2)
+    parts = [half(part, cache=cache) for part in input_ids.split([12, 1, 7], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1).float(), expected, **near)
+
+
 # --- Causality and positions ---
 
 
