@@ -190,6 +190,7 @@ class InstructionDataModule(L.LightningDataModule):
             self.make_batch,
             num_targets=rows.count_targets(self.max_length, self.mask_prompt),
             num_tokens=rows.lengths.clip(max=self.max_length),
+            lengths=rows.lengths,
             batch_size=self.batch_size,
             seed=self.seed,
             current_epoch=lambda: self.trainer.current_epoch if self.trainer else 0,

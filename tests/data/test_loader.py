@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import BatchMaker
-from lightning_sft.data.loader import EvalLoader, TrainLoader, deal
-from lightning_sft.data.order import epoch_order
+from lightning_sft.data.loader import EvalLoader, TrainLoader
+from lightning_sft.data.order import deal, epoch_order
 from lightning_sft.data.rows import Row, TokenRows
 
 
@@ -43,6 +43,21 @@ def flat(parts: Any) -> list[int]:
 
 
 # --- Order ---
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 935, 4_097, 30_001])
+@pytest.mark.parametrize("seed", [0, 123, 2**32 - 1])
+def test_the_order_is_torchs(num_rows, seed):
+    """Sizes on both sides of where exchanges are made many at once."""
+    torch.manual_seed(seed)
+    theirs = DataLoader(
+        range(num_rows),  # type: ignore[arg-type]
+        batch_size=num_rows,
+        shuffle=True,
+        collate_fn=list,
+    )
+    for epoch in range(3):
+        assert [epoch_order(num_rows, seed, epoch)] == list(theirs)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
