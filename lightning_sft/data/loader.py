@@ -1,9 +1,7 @@
-"""The order of batches: a function of seed and epoch alone, shared by ranks, resumable anywhere.
+"""Loaders: batches in the order of `order.py`, shared by ranks, resumable anywhere.
 
-The permutation of epoch `e` equals what `DataLoader(shuffle=True)` yields after
-`torch.manual_seed(seed)` when nothing else draws, so seed 123 gives the chapter's printed batch
-shapes. Nothing has to be stored to go on in the middle of an epoch but how many batches were
-handed out.
+They stand where the chapter has torch's `DataLoader` (listing 7.6), and use it inside. Nothing has
+to be stored to go on in the middle of an epoch but how many batches were handed out.
 
 A batch also says how many tokens it holds on all ranks, and how many supervised tokens its
 whole optimizer step holds, over the accumulation window and all ranks: `module.py` divides by that
@@ -90,12 +88,6 @@ class TrainLoader:
         self._handed_out = 0
         self._epoch = 0
         self._resume_at: tuple[int, int] | None = None  # (epoch, batches already handed out)
-        if not len(self):
-            raise InputError(
-                f"data.batch_size: {batch_size} on {world_size} device(s) needs at least "
-                f"{batch_size * world_size} training entries, there are {len(rows)}; give a "
-                "smaller batch_size or set data.drop_last to false"
-            )
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, also after a resume in its middle."""

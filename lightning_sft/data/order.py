@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lightning_sft.common.errors import InputError
+
 # One micro-batch: for each rank the places of its rows. A negative place `~p` repeats row `p` to
 # even out the ranks: the same tokens, no loss.
 MicroBatch = list[list[int]]
@@ -41,6 +43,9 @@ class BatchOrder:
             `[k·R·B, (k+1)·R·B)` of the order; ranks take consecutive slices of it.
         drop_last: Leave out the last micro-batch if it is not full, as the chapter does.
         group_by_length: Rows of like length share a batch.
+
+    Raises:
+        InputError: The rows do not fill one micro-batch.
     """
 
     lengths: npt.NDArray[np.integer]
@@ -49,6 +54,15 @@ class BatchOrder:
     world_size: int = 1
     drop_last: bool = True
     group_by_length: bool = False
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            rows, together = len(self.lengths), self.batch_size * self.world_size
+            raise InputError(
+                f"data.batch_size: {self.batch_size} on {self.world_size} device(s) needs at least "
+                f"{together} training entries, there are {rows}; give a smaller batch_size or set "
+                "data.drop_last to false"
+            )
 
     def __len__(self) -> int:
         """Micro-batches of an epoch; the same number for every rank."""
@@ -138,6 +152,11 @@ def deal(places: list[int], world_size: int) -> MicroBatch:
     return [filled[rank * size : (rank + 1) * size] for rank in range(world_size)]
 
 
+def row_places(part: list[int]) -> list[int]:
+    """The rows of one rank's share, repeats included: they are computed like any other."""
+    return [place if place >= 0 else ~place for place in part]
+
+
 def sum_batches(counts: npt.NDArray[np.integer], plan: Sequence[MicroBatch]) -> list[int]:
     """Sum a number of each row, such as its targets, over each micro-batch on all ranks.
 
@@ -156,23 +175,3 @@ def sum_steps(batch_counts: Sequence[int], accumulate: int) -> list[int]:
     starts = range(0, len(batch_counts), accumulate)
     steps = [sum(batch_counts[k : k + accumulate]) for k in starts]
     return [steps[k // accumulate] for k in range(len(batch_counts))]
-
-
-def count_steps(batches: int, accumulate: int) -> int:
-    """Optimizer steps of an epoch of so many micro-batches."""
-    return -(-batches // accumulate)
-
-
-def count_tree(sequences: list[list[int]]) -> int:
-    """Tokens of the prefix tree of some rows: each distinct prefix is computed once."""
-    ordered = sorted(sequences)
-    shared = sum(_common(left, right) for left, right in itertools.pairwise(ordered))
-    return sum(map(len, ordered)) - shared
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Length of the prefix that two rows share."""
-    for place, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return place
-    return min(len(left), len(right))
