@@ -23,7 +23,7 @@ from lightning_sft.commands.inspect_entries import parse_places, show_entries
 from lightning_sft.common.arguments import explain, option_names
 from lightning_sft.common.config_files import drop_options, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError
-from lightning_sft.data.config import DataConfig
+from lightning_sft.data.config import DataConfig, describe_skipped
 from lightning_sft.data.counting import (
     SplitCounts,
     check_answers,
@@ -81,7 +81,7 @@ def inspect(arguments: list[str]) -> int:
         return 0
     counts = {name: count_split(part, config, style, tokenizer) for name, part in rows.items()}
     _print_table(config, counts, splits)
-    for line in data.describe_skipped():
+    for line in describe_skipped(data.skipped):
         print(line)
     _print_lengths(rows["train"].lengths)
     findings = find_faults(splits, counts, config)

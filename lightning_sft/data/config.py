@@ -10,6 +10,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -31,14 +32,6 @@ class DataSet(NamedTuple):
 
     splits: Splits
     skipped: dict[str, list[int]]
-
-    def describe_skipped(self) -> list[str]:
-        """One line a file that entries were left out of."""
-        return [
-            f"{path}: {len(places)} entries with an empty output are left out: {listed(places)}"
-            for path, places in self.skipped.items()
-            if places
-        ]
 
 
 @dataclass(frozen=True)
@@ -152,3 +145,12 @@ def listed(places: list[int]) -> str:
     """The first few places, and how many more there are."""
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return ", ".join(map(str, places[:NAMED])) + more
+
+
+def describe_skipped(skipped: Mapping[str, list[int]]) -> list[str]:
+    """One line for each file that entries were left out of, with their places in it."""
+    return [
+        f"{path}: {len(places)} entries with an empty output are left out: {listed(places)}"
+        for path, places in skipped.items()
+        if places
+    ]

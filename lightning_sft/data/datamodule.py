@@ -16,7 +16,7 @@ import lightning as L
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import BatchMaker, collate_prompts
-from lightning_sft.data.config import DataConfig, DataSet
+from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
 from lightning_sft.data.counting import SplitCounts, check_answers, count_split
 from lightning_sft.data.entries import Entry, Splits, local_path
 from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader
@@ -125,7 +125,7 @@ class InstructionDataModule(L.LightningDataModule):
         """
         if self._data is None:
             self._data = self.config.read(require_output=stage != "predict")
-            self._say(*self._data.describe_skipped())
+            self._say(*describe_skipped(self._data.skipped))
         if stage == "fit":
             self._say(*self._describe())
 

@@ -120,6 +120,18 @@ def get_style(
     return PromptStyle(**style, header_in_prompt=header_in_prompt)
 
 
+def style_of_run(data: Mapping[str, Any]) -> str | dict[str, Any]:
+    """The prompt style that the `data` section of a run's own `config.yaml` stands for.
+
+    Version 0.1.0 put `phi3`'s input on a line of its own. Its configs have no `empty_output`.
+    """
+    style = data.get("prompt_style", "alpaca")
+    if style != "phi3" or "empty_output" in data:
+        return style
+    texts = dataclasses.asdict(STYLES["phi3"]) | {"input": "\n{input}"}
+    return {name: text for name, text in texts.items() if name != "header_in_prompt"}
+
+
 def _check_template(style: str, field: str, template: str) -> None:
     """Allow the one placeholder, once. Anything else in braces would be a typing error."""
     try:
@@ -147,13 +159,14 @@ STYLES = {
             input="\n\n### Input:\n{input}",
             header="\n\n### Response:\n",
         ),
-        # Figure 7.4's layout. Microsoft's own template closes turns with <|end|>, and the code of
-        # exercise 7.1 has "\n<|assistant|>:\n"; neither is what the figure shows. GPT-2 knows none
-        # of these markers as single tokens: they are plain text to it.
+        # Figure 7.4's layout, the input on the instruction's line. (The figure also rewords the
+        # sentence around it, which no template can.) Microsoft's own template closes turns with
+        # <|end|>, and the code of exercise 7.1 has "\n<|assistant|>:\n"; neither is what the
+        # figure shows. GPT-2 knows none of these markers as single tokens: they are plain text.
         PromptStyle(
             name="phi3",
             instruction="<|user|>\n{instruction}",
-            input="\n{input}",
+            input=" {input}",
             header="\n\n<|assistant|>\n",
         ),
         PromptStyle(

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.prompts import PromptStyle, get_style
+from lightning_sft.data.prompts import PromptStyle, get_style, style_of_run
 from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.loading import load_weights
@@ -103,7 +103,10 @@ def _run_settings(weights: Path) -> dict[str, Any]:
     if run is None:
         return {}
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    data = {key: config["data"][key] for key in ("prompt_style", "header_in_prompt")}
+    data = {
+        "prompt_style": style_of_run(config["data"]),
+        "header_in_prompt": config["data"]["header_in_prompt"],
+    }
     return data | {"architecture": dataclasses.asdict(final_architecture(config["model"]))}
 
 
