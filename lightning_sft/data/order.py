@@ -163,8 +163,13 @@ def sum_batches(counts: npt.NDArray[np.integer], plan: Sequence[MicroBatch]) -> 
     Args:
         counts: (rows,) the number of each row. Repeats are not counted again.
     """
-    flat = [[place for part in parts for place in part if place >= 0] for parts in plan]
-    return [int(counts[places].sum()) for places in flat]
+    if not plan:
+        return []
+    sizes = [sum(map(len, parts)) for parts in plan]
+    flat = itertools.chain.from_iterable(part for parts in plan for part in parts)
+    places = np.fromiter(flat, np.int64, sum(sizes))
+    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    return np.add.reduceat(np.where(places >= 0, counts[places], 0), starts).tolist()
 
 
 def sum_steps(batch_counts: Sequence[int], accumulate: int) -> list[int]:

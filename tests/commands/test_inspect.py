@@ -264,6 +264,21 @@ def test_what_fit_accepts_is_accepted(
     assert expected in look(capsys, "--data.path", path, "--data.batch_size=4", *options)
 
 
+def test_exercise_7_3_leaves_empty_answers_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stanford's file has 28 of them among 52,002; here 2 of 40."""
+    entries = [make_entry(n) for n in range(40)]
+    entries[7]["output"] = entries[39]["output"] = ""
+    path = write_entries(tmp_path / "data.json", entries)
+    configs = ["--config", "gpt2-medium.yaml", "--config", "alpaca-52k.yaml", "--data.path", path]
+    out = look(capsys, *configs)
+    assert read_row(out, "entries") == [32, 3, 3]
+    assert f"{path}: 2 entries with an empty output are left out: 7, 39\n" in out
+    assert run("inspect", *configs, "--data.empty_output=error") == 2
+    assert "entry 7: 'output' is blank" in capsys.readouterr().err
+
+
 def test_seed_zero_is_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path, seed_everything=0, data__group_by_length=True)
     zero = look(capsys, "--config", config)
