@@ -81,6 +81,7 @@ class DataConfig:
     predict_split: Literal["train", "val", "test"] = "test"
 
     def __post_init__(self) -> None:
+        # From Python anything may come, which the command line's types would have refused.
         if not isinstance(self.path, str) or not self.path:
             raise InputError(f"data.path: {self.path!r} is not allowed; give a file or URL")
         for field in fields(self):
@@ -95,7 +96,7 @@ class DataConfig:
             value, allowed = getattr(self, name), get_args(types[name])
             if value not in allowed:
                 raise InputError(f"data.{name}: unknown {value!r}; allowed: {', '.join(allowed)}")
-        self.style()
+        self.style()  # an unknown style, or a template without its place for the text
 
     def style(self) -> PromptStyle:
         """How an entry is laid out as text."""
@@ -118,6 +119,7 @@ class DataConfig:
             InputError: A file or record is wrong, or a split stays empty; names it.
             ServiceError: A URL could not be fetched.
         """
+        # `predict` may answer questions that nobody knows the answer to.
         keep = self.empty_output == "error" and not require_output
         skipped: dict[str, list[int]] = {}
 
@@ -135,6 +137,7 @@ class DataConfig:
         val, test = read_file(self.val_path), read_file(self.test_path)
         if val and test:
             return DataSet(Splits(entries, test=test, val=val), skipped)
+        # A split that has a file of its own needs no share, and may be too small for one.
         own = [name for name, part in (("val", val), ("test", test)) if part]
         parts = split_entries(entries, self.fractions, may_be_empty=own)
         train = parts.train + (parts.val if val else []) + (parts.test if test else [])

@@ -55,6 +55,7 @@ def count_split(
         rows: All rows of the split, before `fit_to_length`.
     """
     targets = rows.count_targets(config.max_length, config.mask_prompt)
+    # A row of n tokens has n inputs and, thanks to the end-of-text behind it, n targets.
     too_long = rows.lengths > config.max_length
     is_used = ~too_long if config.overlong == "drop" else np.ones(len(rows), bool)
     # A header that the model writes itself stands between the prompt and the answer proper.
@@ -105,6 +106,7 @@ def measure_batch(
         padding_free, share_prefix: As in `DataConfig`.
     """
     width = max(map(len, ids))
+    # Listing 7.5 pads to the longest row of the batch; packing computes real tokens alone.
     if share_prefix:
         tokens = count_tree(ids)
     else:
@@ -135,6 +137,7 @@ def limit_batches(batches: int, limit: int | float | None) -> int:
     """Micro-batches of an epoch under `trainer.limit_train_batches`, a number or a share."""
     if limit is None:
         return batches
+    # As Lightning does it: a whole number counts batches, even 1; a float is a share, even 1.0.
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
@@ -152,7 +155,7 @@ def count_run_steps(
         batches: Micro-batches of an epoch, after `limit_batches`.
         max_epochs, max_steps: As the Trainer takes them; -1 or null is no limit.
     """
-    steps = None
+    steps = None  # whichever limit is reached first ends the run
     if max_epochs is not None and max_epochs >= 0:
         steps = count_epoch_steps(batches, accumulate) * max_epochs
     if max_steps >= 0:

@@ -63,6 +63,7 @@ class InstructionDataModule(L.LightningDataModule):
         self.tokenizer: Tokenizer = gpt2_tokenizer()
         self.answered: frozenset[int] = frozenset()  # entries that `predict` need not answer again
         self._data: DataSet | None = None
+        # Splits are tokenized when first asked for: `test` in a run that only trains, never.
         self._rows: dict[str, TokenRows] = {}
         self._counts: dict[str, SplitCounts] = {}
 
@@ -79,6 +80,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the order and content of the batches depend on, for a checkpoint to compare."""
+        # Where this epoch stands is in the loader's own state; here is what must not change.
         trainer = self.trainer
         return {
             "data": self.rows("train").fingerprint(),
@@ -197,6 +199,7 @@ class InstructionDataModule(L.LightningDataModule):
         rows = tokenize_entries(self.split(self.config.predict_split), self.style, self.tokenizer)
         # A loader must not be empty: where all is answered, one entry is answered again.
         wanted = [int(i) for i in rows.indices if int(i) not in self.answered] or [0]
+        # Rows of like length finish together; the response writer restores the file's order.
         by_length = sorted(wanted, key=lambda place: int(rows.prompt_lengths[place]))
         rows = TokenRows.from_rows([rows[place] for place in by_length])
         settings = self._device_settings() | {"pin_memory": False}  # lists, no tensors

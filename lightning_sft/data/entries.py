@@ -112,6 +112,7 @@ def read_entry_file(
     source = local_path(path)
     records = read_records(source)
     _check_input_name(records, names["input"], source)
+    # Entries are numbered by their place in the file, those that are left out included.
     entries: list[Entry] = []
     skipped: list[int] = []
     for index, record in enumerate(records):
@@ -148,16 +149,18 @@ def split_entries(
     Raises:
         InputError: The fractions are not three shares that sum to 1, or a split stays empty.
     """
+    # Not even 0 is a share: each split is asked for somewhere, the last one by the sample answers.
     if len(fractions) != 3 or not all(0 < share < 1 for share in fractions):
         raise InputError(f"fractions: {list(fractions)} is not three numbers between 0 and 1")
     if not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise InputError(f"fractions: {list(fractions)} sum to {sum(fractions):g}, not to 1")
+    # Listing 7.3: no shuffling, so that the same file gives everyone the same three parts.
     num_train = int(len(entries) * fractions[0])
     num_test = int(len(entries) * fractions[1])
     splits = Splits(
         train=list(entries[:num_train]),
         test=list(entries[num_train : num_train + num_test]),
-        val=list(entries[num_train + num_test :]),
+        val=list(entries[num_train + num_test :]),  # with what the rounding left
     )
     for name, part in zip(Splits._fields, splits, strict=True):
         if not part and name not in may_be_empty:
@@ -172,7 +175,7 @@ def _field_names(field_names: Mapping[str, str] | None) -> dict[str, str]:
     """The file's name of each of the three fields."""
     names = dict(zip(FIELDS, FIELDS, strict=True))
     for field, name in (field_names or {}).items():
-        if field not in names:
+        if field not in names:  # as {context: input}, the wrong way round
             raise InputError(f"field_names: unknown field {field!r}; allowed: {', '.join(FIELDS)}")
         names[field] = name
     return names
@@ -215,6 +218,7 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: {key!r} is a {type_name(value)}; it must be text")
     try:
+        # JSON can spell half a character, as in "\ud800"; no tokenizer or file can hold it.
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(

@@ -27,6 +27,7 @@ from lightning_sft.data.prompts import STYLES, PromptStyle
 
 def find_repeats(entries: Sequence[Entry]) -> list[int]:
     """Places of entries whose instruction and input an earlier entry has as well."""
+    # Not the output: two answers to one question are still one question, asked twice.
     seen: set[tuple[str, str]] = set()
     repeats = []
     for place, entry in enumerate(entries):
@@ -52,6 +53,7 @@ def find_headers(style: PromptStyle) -> set[str]:
         for known in (*STYLES.values(), style)
         for template in (known.instruction, known.input, known.header)
     ]
+    # A heading alone on its line, such as "### Response:"; lines with a place for text vary.
     lines = {line.strip() for template in templates for line in template.split("\n")}
     return {line for line in lines if line and "{" not in line}
 
@@ -104,7 +106,7 @@ def clean(splits: Splits) -> Splits:
     The evaluation splits are small and keep what they have, so that scores stay comparable with
     those of the uncleaned data; what they hold leaves train, where it is missed least.
     """
-    entries = [*splits.test, *splits.val, *splits.train]
+    entries = [*splits.test, *splits.val, *splits.train]  # who comes first keeps the prompt
     repeats = set(find_repeats(entries))
     parts, begin = {}, 0
     for name in ("test", "val", "train"):
@@ -127,6 +129,7 @@ def write_clean(folder: Path, splits: Splits) -> None:
     for name, part in zip(Splits._fields, cleaned, strict=True):
         if not part:
             raise InputError(f"fix: the {name} split would stay empty; its prompts are elsewhere")
+    # Written beside and renamed, so that the folder holds all three files or is not there.
     staging = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         staging.mkdir(parents=True)

@@ -76,7 +76,7 @@ class TrainLoader:
         self.rows, self.collate = rows, collate
         self.num_targets, self.num_tokens = num_targets, num_tokens
         self.order = BatchOrder(
-            num_tokens,
+            num_tokens if lengths is None else lengths,
             batch_size=batch_size,
             seed=seed,
             world_size=world_size,
@@ -160,10 +160,11 @@ class EvalLoader:
         pin_memory: bool = False,
     ) -> None:
         together = batch_size * world_size
-        places = list(range(len(rows)))
+        places = list(range(len(rows)))  # in file order: nothing is learned from these batches
         chunks = [places[k : k + together] for k in range(0, len(places), together)]
         self._loader = DataLoader(
             _Rows(rows),
+            # A ready list of lists of places takes the part of torch's sampler.
             batch_sampler=[deal(chunk, world_size)[rank] for chunk in chunks],
             collate_fn=collate,
             generator=torch.Generator().manual_seed(0),

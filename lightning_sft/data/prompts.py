@@ -60,10 +60,12 @@ class PromptStyle:
 
     def split(self, entry: Entry) -> tuple[str, str]:
         """The two texts whose concatenation is the whole training text."""
+        # Listing 7.2. Not `str.format`: braces in an entry's own text are text.
         question = self.instruction.replace("{instruction}", entry.instruction)
-        if entry.input:
+        if entry.input:  # figure 7.4: without one its heading is left out as well
             question += self.input.replace("{input}", entry.input)
         answer = entry.output + self.end
+        # Whoever supplies the header decides where masking and generation begin.
         if self.header_in_prompt:
             return question + self.header, answer
         return question, self.header + answer
@@ -83,7 +85,7 @@ class PromptStyle:
         Only what the model was trained to write around an answer is removed, once and at its
         place: a header inside the answer stays (the chapter's `.replace` would cut it out).
         """
-        answer = generated.strip()
+        answer = generated.strip()  # as listing 7.9 does
         if not self.header_in_prompt:
             answer = answer.removeprefix(self.header.strip()).strip()
         if self.end.strip():
@@ -146,6 +148,7 @@ def _check_template(style: str, field: str, template: str) -> None:
         )
 
 
+# The first is figure 7.4's left side and the chapter's own; the second its right side.
 STYLES = {
     style.name: style
     for style in (

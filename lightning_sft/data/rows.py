@@ -84,6 +84,7 @@ class TokenRows(Sequence[Row]):
         return len(self.prompt_lengths)
 
     def __getitem__(self, place: int) -> Row:  # type: ignore[override]
+        # Made anew at each access, so that worker processes share arrays and not Python objects.
         ids = self.ids[self.offsets[place] : self.offsets[place + 1]]
         return Row(ids, int(self.prompt_lengths[place]), int(self.indices[place]))  # type: ignore[arg-type]
 
@@ -105,6 +106,7 @@ class TokenRows(Sequence[Row]):
 
     def fingerprint(self) -> str:
         """A digest of ids and boundaries: equal exactly where two sets train alike."""
+        # A checkpoint keeps it: going on with other rows would not be going on.
         digest = hashlib.sha256()
         for array in (self.ids, self.offsets, self.prompt_lengths):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -125,7 +127,7 @@ def fit_to_length(
     Raises:
         InputError: Names the first offending entry, or says that no row is left.
     """
-    too_long = rows.lengths > max_length
+    too_long = rows.lengths > max_length  # (rows,)
     if overlong == "error" and too_long.any():
         first = int(np.flatnonzero(too_long)[0])
         raise InputError(
@@ -137,6 +139,7 @@ def fit_to_length(
         rows = rows.select(~too_long) if too_long.any() else rows
         if not len(rows):
             raise InputError(f"{where}: every entry is longer than max_length {max_length}")
+    # Its mean loss would be 0 / 0, and the weights NaN after one step.
     without = np.flatnonzero(rows.count_targets(max_length, mask_prompt) <= 0)
     if len(without):
         first = int(without[0])

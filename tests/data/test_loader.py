@@ -304,6 +304,15 @@ def test_grouping_covers_the_same_rows(drop_last, world_size):
     assert sizes[0] == sizes[1]  # a short batch stays last
 
 
+def test_grouping_goes_by_the_lengths_that_it_is_given():
+    """Before any cut: what is cut to one length keeps its order, and old runs go on with it."""
+    lengths = np.arange(40)[::-1]
+    settings = {"group_by_length": True, "num_tokens": np.full(40, 5), "lengths": lengths}
+    batches = indices(make_loader(40, **settings))
+    assert sorted(map(sorted, batches)) == [list(range(k, k + 4)) for k in range(0, 40, 4)]
+    assert all(part == sorted(part, reverse=True) for part in batches)
+
+
 def test_grouping_groups():
     """Longest minus shortest row of a batch, summed: what padding costs."""
 
