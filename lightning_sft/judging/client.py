@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import requests
 import urllib3
 
+from lightning_sft.common.deadline import Deadline, DeadlineError, watched_session
 from lightning_sft.common.errors import ServiceError, hide_keys
 from lightning_sft.judging.judge import JudgeConfig, environment_key, is_loopback
 from lightning_sft.judging.protocol import (
@@ -116,16 +117,18 @@ class Judge:
             PassingError, RefusedError, ServiceError: What another status or a broken connection
                 stands for.
         """
-        deadline = time.monotonic() + timeout
         limits = (min(CONNECT_TIMEOUT, timeout), timeout)
+        options: dict[str, Any] = {"timeout": limits, "allow_redirects": False, "stream": True}
+        session = self._session()
         try:
-            with self._session().request(
-                method, url, json=body, timeout=limits, allow_redirects=False, stream=True
-            ) as response:
-                content = _read_body(response, deadline)
+            with (
+                Deadline(timeout),
+                session.request(method, url, json=body, **options) as response,
+            ):
+                content = _read_body(response)
         except requests.ConnectTimeout:
             raise PassingError(f"no connection within {limits[0]:g} s") from None
-        except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
+        except (DeadlineError, requests.Timeout, urllib3.exceptions.ReadTimeoutError):
             raise PassingError(f"no whole reply within {timeout:g} s") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise PassingError(f"the connection failed: {_cause(error)}") from None
@@ -162,7 +165,7 @@ class Judge:
     def _session(self) -> requests.Session:
         """One per thread, since a session's connections are not made to be shared."""
         if not hasattr(self._sessions, "own"):
-            session = requests.Session()
+            session = watched_session()
             session.auth = _Auth(self._key)
             session.headers["Accept-Encoding"] = "identity"
             # Proxies are for the world outside, not for a judge on this machine.
@@ -202,13 +205,11 @@ def _base_address(config: JudgeConfig) -> str:
     return base + "/v1" if bare and config.protocol == "openai" else base
 
 
-def _read_body(response: requests.Response, deadline: float) -> bytes:
-    """The body, however slowly it trickles in; neither endless nor past the deadline."""
+def _read_body(response: requests.Response) -> bytes:
+    """The body, unless it is endless. The deadline around the exchange ends one that trickles."""
     content = bytearray()
     while chunk := response.raw.read1(65536):
         content += chunk
-        if time.monotonic() > deadline:
-            raise requests.Timeout
         if len(content) > MAX_REPLY_BYTES:
             raise PassingError(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
     return bytes(content)
@@ -221,7 +222,7 @@ def _retry_after(response: requests.Response) -> float | None:
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
