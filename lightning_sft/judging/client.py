@@ -27,7 +27,7 @@ import requests
 import urllib3
 
 from lightning_sft.common.deadline import Deadline, DeadlineError, watched_session
-from lightning_sft.common.errors import ServiceError, hide_keys
+from lightning_sft.common.errors import ServiceError, hide_keys, printable
 from lightning_sft.judging.judge import JudgeConfig, environment_key, is_loopback
 from lightning_sft.judging.protocol import (
     PassingError,
@@ -93,7 +93,7 @@ class Judge:
             break
         seconds = round(time.monotonic() - start, 3)
         held = schema is not None and self._takes_schema
-        return Reply(self._without_key(text), self.clean(reason) or None, seconds, held)
+        return Reply(self._fit_to_keep(text), self.clean(reason) or None, seconds, held)
 
     def _ask_once(
         self, prompt: str, schema: dict[str, Any] | None, seed: int
@@ -173,15 +173,20 @@ class Judge:
             self._sessions.own = session
         return self._sessions.own
 
-    def _without_key(self, text: str | None) -> str | None:
-        """`text` as it may be kept: a server can send back whatever it was sent."""
-        if text and self._key:
-            text = text.replace(self._key, "***")
-        return hide_keys(text) if text else text
+    def _fit_to_keep(self, text: str | None) -> str | None:
+        """`text` as it may be written down: UTF-8 and without the key.
+
+        JSON can spell half a character (a lone surrogate), which no file takes; two halves that
+        came in two pieces of a stream are one character again.
+        """
+        if not text:
+            return text
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return hide_keys(text.replace(self._key, "***") if self._key else text)
 
     def clean(self, text: str) -> str:
-        """A server's words as one short line without the key."""
-        return " ".join((self._without_key(text) or "").split())[:200]
+        """A server's words as one short line, without the key and harmless to a terminal."""
+        return printable(" ".join((self._fit_to_keep(text) or "").split()))[:200]
 
 
 class _Auth(requests.auth.AuthBase):
