@@ -149,6 +149,7 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
 
     from lightning_sft.evaluating.lm_eval_model import EvalModel
     from lightning_sft.models.ready import load_for_answers
+    from lightning_sft.models.tokenizers import tokenizer_of
 
     out = tmp_path / "exported"
     assert run("export", "--ckpt_path", checkpoint, "--format", "hf", "--out", out) == 0
@@ -165,7 +166,7 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
                 bootstrap_iters=10,
             )
             for lm in (
-                EvalModel(model, style, batch_size=5),
+                EvalModel(model, style, tokenizer_of(model), batch_size=5),
                 HFLM(pretrained=str(out), device="cpu", batch_size=4, dtype="float32"),
             )
         ]

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.decoding.batch import Batch
+from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.serving.engine import Engine, Job, News, QueueFullError, StoppingError
+from lightning_sft.serving.engine import Engine, QueueFullError, StoppingError
+from lightning_sft.serving.job import Job, TokenEvent
 from support.serving import wait_for
 
 CONTEXT = 32
@@ -36,14 +37,14 @@ class Desk:
         self.tokens: dict[Job, list[int]] = defaultdict(list)
         self.likelihoods: dict[Job, list[Any]] = defaultdict(list)
         self.ends: dict[Job, str] = {}
-        self.engine = Engine(models, self.take, **{"eos_token_id": None} | settings)
+        self.engine = Engine(models, self.take, **{"eos_token_ids": {}} | settings)
 
-    def take(self, news: list[tuple[Job, News]]) -> None:
-        for job, item in news:
+    def take(self, events: list[tuple[Job, TokenEvent]]) -> None:
+        for job, item in events:
             assert job not in self.ends
             if item.token is not None:
                 self.tokens[job].append(item.token)
-                self.likelihoods[job].append(item.likelihood)
+                self.likelihoods[job].append(item.logprobs)
             if item.end is not None:
                 self.ends[job] = item.end
 
@@ -126,7 +127,7 @@ def test_settings_of_ones_own(model):
 def test_end_of_text_ends_and_is_not_told(model):
     whole = alone(model, [1, 2, 3])
     end = whole[4]
-    desk = Desk(model, eos_token_id=end)
+    desk = Desk(model, eos_token_ids={"m": end})
     one = job([1, 2, 3])
     desk.engine.submit([one])
     desk.finish()
@@ -248,10 +249,10 @@ def test_a_failing_step_ends_its_answers_and_no_others(model, monkeypatch, capsy
     failed = [job([1]), job([2])]
     desk.engine.submit(failed)
     desk.turn()
-    feed = Batch.feed
-    monkeypatch.setattr(Batch, "feed", lambda *_: 1 / 0)
+    feed = RunningBatch.feed
+    monkeypatch.setattr(RunningBatch, "feed", lambda *_: 1 / 0)
     desk.turn()
-    monkeypatch.setattr(Batch, "feed", feed)
+    monkeypatch.setattr(RunningBatch, "feed", feed)
     assert [desk.ends[one] for one in failed] == ["error", "error"]
     assert "ZeroDivisionError" in capsys.readouterr().err
     later = job([3])
@@ -265,11 +266,11 @@ def test_a_failing_newcomer_does_not_harm_those_under_way(model, monkeypatch, ca
     under_way, newcomer = job([1]), job([2])
     desk.engine.submit([under_way])
     desk.turn()
-    join = Batch.join
-    monkeypatch.setattr(Batch, "join", lambda *_: 1 / 0)
+    join = RunningBatch.join
+    monkeypatch.setattr(RunningBatch, "join", lambda *_: 1 / 0)
     desk.engine.submit([newcomer])
     desk.turn()
-    monkeypatch.setattr(Batch, "join", join)
+    monkeypatch.setattr(RunningBatch, "join", join)
     desk.finish()
     assert desk.ends == {newcomer: "error", under_way: "length"}
     assert desk.tokens[under_way] == alone(model, [1])
@@ -317,7 +318,7 @@ def test_the_thread_takes_jobs_from_many_and_ends(model):
 
 def test_rows_join_and_leave_a_cache(model):
     """Against the whole text again for every token, at lengths that make the cache grow twice."""
-    batch, rows = Batch(model), []
+    batch, rows = RunningBatch(model), []
     for step in range(20):
         if step % 5 == 0:
             prompts = [[step + 1] * (1 + step), [step + 2]]
@@ -334,7 +335,7 @@ def test_rows_join_and_leave_a_cache(model):
 
 
 def test_the_cache_takes_no_more_than_twice_what_it_holds(model):
-    batch = Batch(model)
+    batch = RunningBatch(model)
     for place in range(5):
         batch.join([[place] * 3])
     assert batch.cache is not None

@@ -25,11 +25,12 @@ from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import gpt2_tokenizer
-from lightning_sft.decoding.batch import Batch
+from lightning_sft.decoding.batch import RunningBatch
+from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.serving.answers import Stream
 from lightning_sft.serving.serve import TOKEN_VARIABLE, check_address, choose_names, listen
-from lightning_sft.serving.settings import Answers, Limits
+from lightning_sft.serving.settings import Limits
 from support.runs import run, spawn
 from support.serving import SMALL, Served, answer_alone, make_talker, serving, wait_for
 
@@ -53,13 +54,13 @@ def served(model) -> Iterator[Served]:
 @pytest.fixture
 def slow(monkeypatch) -> None:
     """Steps that take 10 ms, so that something can happen between two of them."""
-    feed = Batch.feed
+    feed = RunningBatch.feed
 
     def dawdle(*arguments: Any) -> Any:
         time.sleep(0.01)
         return feed(*arguments)
 
-    monkeypatch.setattr(Batch, "feed", dawdle)
+    monkeypatch.setattr(RunningBatch, "feed", dawdle)
 
 
 @pytest.fixture
@@ -563,7 +564,9 @@ def test_a_full_queue(model, slow):
 
 def test_limits_of_ones_own(model):
     limits = Limits(body_bytes=500, max_tokens=9, prompt_tokens=50)
-    with serving({"mine": model}, limits=limits, generation=Answers(max_new_tokens=7)) as running:
+    with serving(
+        {"mine": model}, limits=limits, generation=GenerationConfig(max_new_tokens=7)
+    ) as running:
         assert running.send(CHAT, {"messages": USER})[1]["usage"]["completion_tokens"] == 7
         assert running.send(CHAT, {"messages": USER, "max_tokens": 10})[0] == 400
         long = running.send(COMPLETIONS, {"prompt": "word " * 60})
@@ -686,13 +689,13 @@ def test_a_client_that_leaves_the_queue(model, slow):
 
 
 def test_a_failing_model_is_an_error_and_the_server_lives_on(served, monkeypatch, capsys):
-    feed = Batch.feed
-    monkeypatch.setattr(Batch, "feed", lambda *_: 1 / 0)
+    feed = RunningBatch.feed
+    monkeypatch.setattr(RunningBatch, "feed", lambda *_: 1 / 0)
     status, reply, _ = served.send(CHAT, {"messages": USER, "max_tokens": 5})
     assert (status, reply["error"]["type"]) == (500, "server_error")
     with connect(served) as client, pytest.raises(openai.APIError, match="failed on this request"):
         list(ask(client, "Hi", stream=True))
-    monkeypatch.setattr(Batch, "feed", feed)
+    monkeypatch.setattr(RunningBatch, "feed", feed)
     assert served.send(CHAT, {"messages": USER, "max_tokens": 5})[0] == 200
     assert "ZeroDivisionError" in capsys.readouterr().err
 
