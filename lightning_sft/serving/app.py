@@ -204,7 +204,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
     """The client left before its request was whole."""
-    log_line("a client left before all of its request was there")
+    log_line("warning: a client left before all of its request was there")
     return Response(status_code=499)
 
 

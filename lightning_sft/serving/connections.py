@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ from lightning_sft.serving.openai_reply import to_json
 from lightning_sft.serving.openai_request import ApiError
 
 HEADER_SECONDS = 10.0  # from a connection's, or a request's, first sign of life
-# Connections that asyncio takes before it looks at any of them. What it takes beyond the last
-# descriptor fails, each with a message and each again a second later.
-ACCEPTED_AT_ONCE = 32
-SPARE_DESCRIPTORS = 2 * ACCEPTED_AT_ONCE
+# Connections that asyncio takes in one go. Where it takes one beyond the last descriptor it fails,
+# once for each in that go, and again a second later.
+ACCEPTED_AT_ONCE = 16
+SPARE_DESCRIPTORS = 4 * ACCEPTED_AT_ONCE  # a few goes pass before a connection is seen here
 
 
 def count_affordable() -> int:
     """How many connections there may be: the descriptors that are left, but for some to spare."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(1, limit - len(list(Path("/dev/fd").iterdir())) - SPARE_DESCRIPTORS)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    left = limit - len(list(Path("/dev/fd").iterdir()))
+    return max(1, left - min(SPARE_DESCRIPTORS, left // 2))
 
 
 class Connection(H11Protocol):

@@ -14,6 +14,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.serving import sampling
 from lightning_sft.serving.engine import Engine, QueueFullError, StoppingError
 from lightning_sft.serving.job import Job, TokenEvent
 from support.serving import wait_for
@@ -275,6 +276,136 @@ def test_a_failing_newcomer_does_not_harm_those_under_way(model, monkeypatch, ca
     assert desk.ends == {newcomer: "error", under_way: "length"}
     assert desk.tokens[under_way] == alone(model, [1])
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("half_done", [False, True], ids=["before", "after"])
+def test_a_step_that_fails_for_one_row_ends_that_row(model, monkeypatch, capsys, half_done):
+    """Whether it fails before anything was computed, or with the cache changed already."""
+    settings: list[dict[str, Any]] = [{}, {"seed": 5} | SAMPLED, {"seed": 6} | SAMPLED]
+    first, whole, last = (alone(model, [1, 2, 3], **chosen) for chosen in settings)
+    poison = next(token for token in whole[3:] if token not in (*first, *whole[:3], *last))
+    feed = RunningBatch.feed
+
+    def choke(self: RunningBatch, tokens: torch.Tensor, going_on: Any = None) -> list[int]:
+        slots = feed(self, tokens, going_on) if half_done else []
+        if poison in tokens.tolist():
+            raise RuntimeError("a row that cannot be computed")
+        return slots if half_done else feed(self, tokens, going_on)
+
+    monkeypatch.setattr(RunningBatch, "feed", choke)
+    desk = Desk(model)
+    jobs = [job([1, 2, 3], **chosen) for chosen in settings]
+    desk.engine.submit(jobs)
+    desk.finish()
+    assert [desk.ends[one] for one in jobs] == ["length", "error", "length"]
+    written = whole[: whole.index(poison) + 1]  # what it had is kept
+    assert [desk.tokens[one] for one in jobs] == [first, written, last]
+    assert "a row that cannot be computed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_fail_now_and_then_change_no_text(model, monkeypatch, seed):
+    rng = random.Random(seed)
+    feed = RunningBatch.feed
+
+    def falter(self: RunningBatch, tokens: torch.Tensor, going_on: Any = None) -> list[int]:
+        several = len(tokens) > 1
+        if several and rng.random() < 0.2:
+            raise MemoryError
+        slots = feed(self, tokens, going_on)
+        if several and rng.random() < 0.2:
+            raise MemoryError
+        return slots
+
+    monkeypatch.setattr(RunningBatch, "feed", falter)
+    desk = Desk(model, batch_size=5)
+    jobs = [job(prompt, seed=place, **SAMPLED) for place, prompt in enumerate(PROMPTS[:12])]
+    desk.engine.submit(jobs[:6])
+    for one in jobs[6:]:
+        desk.turn()
+        desk.engine.submit([one])
+    desk.finish()
+    # Where the others had left, a step of several rows can be one of a single row, which may fail.
+    assert {desk.ends[one] for one in jobs} <= {"length", "error"}
+    for place, one in enumerate(jobs):
+        if desk.ends[one] == "length":
+            assert desk.tokens[one] == alone(model, one.prompt, seed=place, **SAMPLED)
+    assert sum(desk.ends[one] == "length" for one in jobs) >= 8
+
+
+def test_a_row_that_cannot_be_drawn_ends_alone(model, monkeypatch, capsys):
+    """Rows of equal settings are computed together; what each has drawn is not drawn again."""
+    jobs = [job(prompt, seed=place, **SAMPLED) for place, prompt in enumerate(PROMPTS[:4])]
+    jobs.append(job([5], top_logprobs=7))
+    draw, rate, refused = sampling.draw, sampling.TokenLogprobs, jobs[2]
+
+    def draw_some(row: torch.Tensor, rng: torch.Generator) -> int:
+        return 1 // 0 if rng is refused.rng else draw(row, rng)
+
+    def rate_some(logprob: float, top: list[Any]) -> Any:
+        return [][7] if len(top) == 7 else rate(logprob, top)
+
+    monkeypatch.setattr(sampling, "draw", draw_some)
+    monkeypatch.setattr(sampling, "TokenLogprobs", rate_some)
+    desk = Desk(model)
+    jobs.append(job([6], top_logprobs=2))
+    desk.engine.submit(jobs)
+    desk.finish()
+    ends = [desk.ends[one] for one in jobs]
+    assert ends == ["length", "length", "error", "length", "error", "length"]
+    for place in (0, 1, 3):
+        assert desk.tokens[jobs[place]] == alone(model, PROMPTS[place], seed=place, **SAMPLED)
+    assert desk.tokens[jobs[5]] == alone(model, [6])
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError" in error
+    assert "IndexError" in error
+
+
+def test_settings_that_cannot_be_computed_end_alone(model, monkeypatch):
+    right = sampling.probabilities
+
+    def compute(logits: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
+        return logits[99] if settings.top_k == 13 else right(logits, settings)
+
+    monkeypatch.setattr(sampling, "probabilities", compute)
+    desk = Desk(model)
+    jobs = [job([1, 2, 3], **SAMPLED), job([4], **SAMPLED | {"top_k": 13}), job([5])]
+    desk.engine.submit(jobs)
+    desk.finish()
+    assert [desk.ends[one] for one in jobs] == ["length", "error", "length"]
+    assert desk.tokens[jobs[0]] == alone(model, [1, 2, 3], **SAMPLED)
+
+
+def test_a_prompt_that_cannot_be_read_ends_alone(model, monkeypatch):
+    join = RunningBatch.join
+
+    def choke(self: RunningBatch, prompts: list[list[int]]) -> None:
+        assert [9, 9] not in prompts
+        join(self, prompts)
+
+    monkeypatch.setattr(RunningBatch, "join", choke)
+    desk = Desk(model)
+    jobs = [job([1]), job([9, 9]), job([2])]
+    desk.engine.submit(jobs)
+    desk.finish()
+    assert [desk.ends[one] for one in jobs] == ["length", "error", "length"]
+    assert [desk.tokens[one] for one in jobs] == [alone(model, [1]), [], alone(model, [2])]
+
+
+def test_what_fails_together_is_tried_alone():
+    calls = []
+
+    def halve(rows: Any) -> list[int]:
+        calls.append(list(rows))
+        assert 3 not in rows
+        return [row // 2 for row in rows]
+
+    results, faults = sampling.isolate([2, 3, 4], halve)
+    assert results == {2: 1, 4: 2}
+    assert isinstance(faults.pop(3), AssertionError)
+    assert not faults
+    assert calls == [[2, 3, 4], [2], [3], [4]]
+    assert sampling.isolate([2, 4], halve) == ({2: 1, 4: 2}, {})
 
 
 def test_draining_finishes_what_runs_and_sends_the_rest_away(model):
