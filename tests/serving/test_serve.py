@@ -810,7 +810,9 @@ def test_help_needs_no_torch(capsys):
         (["--ckpt_path", "x", "--host", "127.0.0.1.1"], TOKEN_VARIABLE),
         (["--ckpt_path", "x", "--limits.queue=-1"], "limits.queue"),
         (["--ckpt_path", "x", "--generation.temperature=3"], "generation.temperature"),
+        (["--ckpt_path", "x", "--generation.batch_size=3"], "limits.batch_size"),
         (["--ckpt_path", "x", "--name", "two words"], "without spaces"),
+        (["--ckpt_path", "."], "does not say its architecture"),
         (["--ckpt_path", "x.pth", "--compare_ckpt_path", "y/x.pth"], "compare_name"),
     ],
 )
@@ -821,6 +823,37 @@ def test_what_the_command_refuses(arguments, words, capsys, monkeypatch, tmp_pat
     error = capsys.readouterr().err
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_run_folders_and_bases_that_moved(monkeypatch, tmp_path):
+    """What each of two models is read from."""
+    read: list[tuple[Any, ...]] = []
+    shown: dict[str, Any] = {}
+
+    def load(*arguments: Any) -> Any:
+        read.append(arguments)
+        return make_talker(), get_style("alpaca")
+
+    def build(models: dict[str, Any], *_: Any) -> Any:
+        shown.update(models)
+        return SimpleNamespace(run=lambda sockets: None)
+
+    monkeypatch.setattr("lightning_sft.models.ready.load_for_answers", load)
+    monkeypatch.setattr("lightning_sft.serving.server.build_server", build)
+    run_folder = tmp_path / "runs" / "mine" / "version_2"
+    newest = run_folder / "checkpoints" / "step-000010.ckpt"
+    newest.parent.mkdir(parents=True)
+    for step in ("000002", "000010"):
+        (newest.parent / f"step-{step}.ckpt").touch()
+    options = ["--compare_ckpt_path", "gpt2-small", "--compare_name", "base", "--port=0"]
+    options += ["--weights", "moved.pth", "--compare_weights", "other.pth"]
+    assert run("serve", "--ckpt_path", run_folder, *options, "--device=cpu") == 0
+    assert read == [
+        (str(newest), None, None, None, "moved.pth"),
+        ("gpt2-small", None, None, None, "other.pth"),
+    ]
+    assert list(shown) == ["mine", "base"]
+    assert shown["mine"].tokenizer is TOKENIZER
 
 
 def test_a_taken_port_is_known_before_a_model_is_read(capsys):
@@ -844,6 +877,9 @@ def test_a_taken_port_is_known_before_a_model_is_read(capsys):
             [f"runs/a/version_0/checkpoints/step-{step}.ckpt" for step in (1, 2)],
             ["a-version_0-step-1", "a-version_0-step-2"],
         ),
+        (["runs/a/version_0"], ["a"]),
+        (["runs/a/version_0", "runs/b/version_3/"], ["a", "b"]),
+        (["runs/a/version_0", "runs/a/version_1"], ["a-version_0", "a-version_1"]),
         (["gpt2-medium"], ["gpt2-medium"]),
         (["gpt2-medium", "mine.pth"], ["gpt2-medium", "mine"]),
     ],
