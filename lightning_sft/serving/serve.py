@@ -47,7 +47,7 @@ def serve(
     weights: str | None = None,
     compare_weights: str | None = None,
     device: str = "auto",
-) -> None:
+) -> int:
     """Serve a model over OpenAI's API, with a page at /.
 
     Args:
@@ -100,6 +100,9 @@ def serve(
             flush=True,
         )
         server.run(sockets=[listener])
+    # The signal has taken its usual course, unless our parent has us ignore it (a shell does so with
+    # Ctrl-C for what it runs in the background).
+    return 128 + server.ended_by if server.ended_by else 0
 
 
 def check_address(host: str) -> tuple[bool, str | None]:
@@ -133,11 +136,11 @@ def choose_names(paths: Sequence[str], given: Sequence[str | None]) -> list[str]
         InputError: Two models would have one name, or a name is none.
     """
     levels = [_levels(Path(path)) for path in paths]
-    names = [level[0] for level in levels]
-    for depth in range(1, 3):
-        if len(set(names)) < len(names):
-            names = ["-".join(level[: depth + 1]) for level in levels]
-    names = [name or found for name, found in zip(given, names, strict=False)]
+    for depth in range(1, 4):
+        found = ["-".join(level[:depth]) for level in levels]
+        names = [name or own for name, own in zip(given, found, strict=False)]
+        if len(set(names)) == len(names):
+            break
     for name in names:
         if not name.isprintable() or " " in name or len(name) > 100:
             raise InputError(f"serve: name {name!r} must be up to 100 characters without spaces")

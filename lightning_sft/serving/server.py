@@ -43,6 +43,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine, hub: Hub, grace: float) -> None:
         super().__init__(config)
         self.engine, self.hub, self.grace = engine, hub, grace
+        self.ended_by = 0  # the signal that ended it
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.hub.loop = asyncio.get_running_loop()
@@ -64,6 +65,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.engine.drain(0 if self.should_exit and sig == signal.SIGINT else self.grace)
+        self.ended_by = sig
         super().handle_exit(sig, frame)
 
 

@@ -770,6 +770,28 @@ def test_ctrl_c_once_finishes_and_twice_does_not(weights, model, slow, capsys):
     assert "1 answers are being finished" in capsys.readouterr().err
 
 
+def test_the_exit_code_where_ctrl_c_is_ignored(weights):
+    """As in a shell's background job, sent the signal by name."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def interrupt() -> None:
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=50
+        ) as client:
+            client.models.list()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    user = threading.Thread(target=interrupt)
+    user.start()
+    try:
+        assert run("serve", *weights, "--port", port, "--device=cpu") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+        user.join(timeout=60)
+
+
 def test_stopping_sends_newcomers_away(model, slow):
     with (
         serving({"mine": model}, limits=Limits(batch_size=1)) as running,
@@ -836,7 +858,7 @@ def test_run_folders_and_bases_that_moved(monkeypatch, tmp_path):
 
     def build(models: dict[str, Any], *_: Any) -> Any:
         shown.update(models)
-        return SimpleNamespace(run=lambda sockets: None)
+        return SimpleNamespace(run=lambda sockets: None, ended_by=0)
 
     monkeypatch.setattr("lightning_sft.models.ready.load_for_answers", load)
     monkeypatch.setattr("lightning_sft.serving.server.build_server", build)
@@ -887,3 +909,5 @@ def test_a_taken_port_is_known_before_a_model_is_read(capsys):
 def test_names(paths, names):
     assert choose_names(paths, [None, None]) == names
     assert choose_names(paths, ["first", None])[0] == "first"
+    if len(paths) == 2:  # two that differ by a given name need no more to be told apart
+        assert choose_names(paths, [None, "second"]) == [names[0].split("-version")[0], "second"]
