@@ -39,7 +39,7 @@ class Gate:
     """Stands before an application.
 
     Args:
-        token: Demanded of every request to the API; None demands none.
+        token: Every request to the API needs it; None needs none.
         loopback: Answer only to requests that name this machine.
     """
 

@@ -100,8 +100,8 @@ def serve(
             flush=True,
         )
         server.run(sockets=[listener])
-    # The signal has taken its usual course, unless our parent has us ignore it (a shell does so with
-    # Ctrl-C for what it runs in the background).
+    # By now the signal has taken its usual course, unless whoever started us has us ignore it, as a
+    # shell does with Ctrl-C for what runs in the background.
     return 128 + server.ended_by if server.ended_by else 0
 
 

@@ -81,7 +81,7 @@ def build_server(
     Args:
         models: By the names that the API gives them.
         generation: How answers are written where a request does not say.
-        token: Needed for every request to the API; None needs none.
+        token: Every request to the API needs it; None needs none.
         loopback: Answer only to requests that name this machine.
     """
     hub = Hub()
