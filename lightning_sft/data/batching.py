@@ -93,17 +93,27 @@ def pack(
         max_length=max_length,
         mask_prompt=mask_prompt,
     )
-    width = padded["targets"].shape[1]
+    inputs = [ids[:-1] for ids, _, _ in _sequences(rows, eos_token_id, max_length)]
+    return {"targets": padded["targets"], **lay_out(inputs, share_prefix=share_prefix)}
+
+
+def lay_out(rows: Sequence[Sequence[int]], *, share_prefix: bool) -> dict[str, torch.Tensor]:
+    """Where each token of these very rows is computed, and where it is found again.
+
+    Returns:
+        `input_ids` (N,), `positions` (N,), `gather` (B, T) and `scatter` (N,), as `pack` has them.
+    """
+    width = max(map(len, rows))
     # A node of the tree is a token behind its parent node; equal ones are one node.
     node_of: dict[tuple[int, int], int] = {}
     input_ids: list[int] = []
     positions: list[int] = []
     scatter: list[int] = []
     gather = torch.zeros(len(rows), width, dtype=torch.int64)
-    for place, (ids, _, _) in enumerate(_sequences(rows, eos_token_id, max_length)):
+    for place, ids in enumerate(rows):
         path: list[int] = []  # the nodes of this row's tokens, from its first to its last
         parent = -1 if share_prefix else -1 - place  # a root for all rows, or one for each
-        for position, token in enumerate(ids[:-1]):
+        for position, token in enumerate(ids):
             node = node_of.setdefault((parent, token), len(input_ids))
             if node == len(input_ids):
                 input_ids.append(token)
@@ -114,7 +124,6 @@ def pack(
         gather[place, : len(path)] = torch.tensor(path)  # the rest, 0, has no loss
     return {
         "input_ids": torch.tensor(input_ids),
-        "targets": padded["targets"],
         "positions": torch.tensor(positions),
         "gather": gather,
         "scatter": torch.tensor(scatter),
