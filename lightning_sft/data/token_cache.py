@@ -13,7 +13,6 @@ This module does not import torch.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +74,7 @@ def _path(folder: Path, name: str) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether every file is the one that was written."""
     try:
-        digests = json.loads((folder / "done").read_bytes())["sha256"]
+        digests = files.read_json(folder / "done", files.MOST_SMALL)["sha256"]
         return all(files.sha256_of(_path(folder, name)) == digests[name] for name in ARRAYS)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False  # not there, not finished, or of a version that kept no digests
