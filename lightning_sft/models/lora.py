@@ -12,7 +12,7 @@ There are two customs, and they learn at very different speeds for one learning 
     >>> add_lora(model, LoRAConfig(rank=16, alpha=16))  # 3.5 of 166.5 million parameters train
     >>> merge_lora(model)
 
-    python -m lightning_sft fit --config gpt2-small.yaml --config lora.yaml
+    python -m lightning_sft fit --config gpt2-small.yaml --config lora.yaml  # the book's form
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685);
 appendix E and exercise 7.4 of "Build a Large Language Model (From Scratch)".
