@@ -81,7 +81,7 @@ def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:
         settings = settings | {"weights": weights}
     base = settings.get("weights")
     model = _make(settings["architecture"])
-    if base is None:
+    if base is None:  # random weights are a function of their seed
         model.randomize(int(settings.get("seed", 0)))
     else:
         load_weights(model, base)
