@@ -59,9 +59,10 @@ def _load_checkpoint(path: Path, weights: str | None) -> tuple[GPTModel, PromptS
     checkpoint = read_checkpoint(path, mmap=True, check=True)
     settings = checkpoint["hyper_parameters"]
     try:
+        get_config(settings["architecture"])
         style = get_style(settings["prompt_style"], settings["header_in_prompt"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"ckpt_path: {path}: its prompt style is damaged ({error})") from None
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"ckpt_path: {path}: its settings are damaged ({error})") from None
     if saved_config(settings) is not None:
         return _load_merged(checkpoint, weights).eval(), style
     model = _make(settings["architecture"])
