@@ -47,6 +47,8 @@ def saved_config(settings: dict[str, Any]) -> LoRAConfig | None:
     if saved is None:
         return None
     try:
+        if not isinstance(saved, dict):
+            raise TypeError
         config = LoRAConfig(**saved | {"targets": tuple(saved["targets"])})
         config.check()
     except (KeyError, TypeError, InputError):
