@@ -9,7 +9,7 @@ import torch
 
 from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.prompts import PromptStyle, get_style
+from lightning_sft.data.prompts import PromptStyle, get_style, style_of_run
 from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.models.files import find_weights
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
@@ -47,7 +47,7 @@ def load_for_answers(
         raise InputError(f"{path}: does not say its architecture; give --architecture")
     data = settings.get("data", {})
     style = get_style(
-        prompt_style or data.get("prompt_style") or "alpaca",
+        prompt_style or style_of_run(data) or "alpaca",
         data.get("header_in_prompt", True) if header_in_prompt is None else header_in_prompt,
     )
     model = _make(found)
