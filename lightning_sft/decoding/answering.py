@@ -20,11 +20,12 @@ from typing import Any, overload
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.decoding.generation import GenerationConfig, decode, generate
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.ready import choose_device, load_for_answers
-from lightning_sft.models.registry import ModelTokenizer, family_of
+from lightning_sft.models.tokenizers import tokenizer_of
 from lightning_sft.runs.run_folder import checkpoint_in
 
 
@@ -38,10 +39,10 @@ class AnsweringModel:
     """
 
     def __init__(
-        self, model: GPTModel, style: PromptStyle, tokenizer: ModelTokenizer | None = None
+        self, model: GPTModel, style: PromptStyle, tokenizer: Tokenizer | None = None
     ) -> None:
         self.model, self.style = model, style
-        self.tokenizer = tokenizer or family_of(model.config).tokenizer()
+        self.tokenizer = tokenizer or tokenizer_of(model)
 
     @overload
     def answer(self, instruction: str, input: str = "", **generation: Any) -> str: ...

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,12 +23,6 @@ from lightning_sft.models.decoder import Decoder, DecoderConfig, KeptNumbers
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-class ModelTokenizer(Tokenizer, Protocol):
-    """A tokenizer that can also spell an answer while it grows."""
-
-    def token_bytes(self, token: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Family:
     sizes: Mapping[str, Any]
     labels: Mapping[str, str]
     repositories: Mapping[str, str]
-    tokenizer: Callable[[], ModelTokenizer]
+    tokenizer: Callable[[], Tokenizer]
     from_hf: Callable[[Tensors, Any], dict[str, torch.Tensor]]
     to_hf: Callable[[Tensors], Iterator[tuple[str, torch.Tensor]]]
     hf_config: Callable[[Any], dict[str, Any]]
