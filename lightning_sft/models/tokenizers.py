@@ -1,19 +1,12 @@
-"""Which tokenizer a model reads and writes with.
-
-The one place that chooses: who generates, serves, evaluates or talks is handed what this returns.
-This module does not import torch.
-"""
+"""Which tokenizer a model reads and writes with; who generates or serves is handed it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
-
-if TYPE_CHECKING:
-    from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.data.tokenizer import Tokenizer
+from lightning_sft.models.decoder import Decoder
+from lightning_sft.models.registry import family_of
 
 
-def tokenizer_of(model: GPTModel) -> Tokenizer:
+def tokenizer_of(model: Decoder) -> Tokenizer:
     """The tokenizer of the model's family; made once per process."""
-    return gpt2_tokenizer()
+    return family_of(model.config).tokenizer()
