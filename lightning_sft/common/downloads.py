@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.common.files import (
     BLOCK,
+    MOST_SMALL,
     atomic_write,
     disk_error,
     lock,
+    open_regular,
+    read_text,
     replace_durably,
     sha256_of,
 )
@@ -121,7 +124,7 @@ def _transfer(
     import urllib3
 
     part, etag = Path(f"{path}.part"), Path(f"{path}.part.etag")
-    version = etag.read_text() if etag.exists() and part.exists() else ""
+    version = read_text(etag, MOST_SMALL) if etag.exists() and part.exists() else ""
     # A weak ETag (W/"…") does not promise the same bytes.
     have = part.stat().st_size if version.startswith('"') else 0
     headers = {"Accept-Encoding": "identity"}
@@ -238,7 +241,7 @@ def _is_intact(path: Path, size: int | None, sha256: str | None) -> bool:
         if size not in (None, path.stat().st_size):
             return False
         with contextlib.suppress(FileNotFoundError):
-            sha256 = sha256 or Path(f"{path}.sha256").read_text()[:64]
+            sha256 = sha256 or read_text(f"{path}.sha256", MOST_SMALL)[:64]
         if sha256 is not None:
             return sha256_of(path) == sha256
         return path.stat().st_size > 0 and not _is_html(path)
@@ -247,7 +250,7 @@ def _is_intact(path: Path, size: int | None, sha256: str | None) -> bool:
 
 
 def _is_html(path: Path) -> bool:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return start.startswith((b"<!doctype html", b"<html"))
 

@@ -190,7 +190,7 @@ def read_records(path: Path) -> list[Any]:
 def _read_text(path: Path) -> str:
     try:
         # Some editors write a byte-order mark. The codec utf-8-sig would miscount offsets by it.
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        return files.read_bytes(path).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8"

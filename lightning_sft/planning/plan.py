@@ -26,12 +26,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_sft.common.arguments import explain, option_names
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.data.datamodule import InstructionDataModule
+from lightning_sft.models.ready import find_device
 from lightning_sft.planning.footprint import (
     Memory,
     count_devices,
     count_parameters,
     estimate_memory,
-    find_device,
     free_memory,
 )
 from lightning_sft.planning.outlook import Outlook

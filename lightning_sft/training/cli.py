@@ -266,10 +266,11 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
 
 def _compare_lora(checkpoint: Path, trained: LoRAConfig | None, wanted: Any) -> None:
     """Refuse whole weights where adapters are wanted, the reverse, and other adapters."""
-    saved = trained.as_dict() if trained is not None else None
+    saved = dataclasses.asdict(trained) | {"targets": list(trained.targets)} if trained else None
     if saved and not wanted:
         raise InputError(
-            f"ckpt_path: {checkpoint} holds LoRA adapters; add --config lora.yaml, or --model.lora "
+            f"ckpt_path: {checkpoint} holds LoRA adapters; add --config "
+            f"{'lora' if saved['scaling'] == 'alpha' else 'lora-peft'}.yaml, or --model.lora "
             f"'{json.dumps(saved)}'"
         )
     if wanted and not saved:
@@ -277,7 +278,7 @@ def _compare_lora(checkpoint: Path, trained: LoRAConfig | None, wanted: Any) -> 
             f"ckpt_path: {checkpoint} holds whole weights and no adapters; leave model.lora out, "
             "or give it as model.weights to train adapters beside them"
         )
-    for field in ("rank", "alpha", "targets"):
+    for field in ("rank", "alpha", "targets", "scaling"):
         ours = list(wanted[field]) if wanted and field == "targets" else (wanted or {}).get(field)
         if saved and ours != saved[field]:
             raise InputError(

@@ -132,7 +132,7 @@ class SFTModule(L.LightningModule):
             logger=False,
         )
         self.model: GPTModel | None = None
-        self.base: dict[str, str] = {}  # what the adapters' frozen weights are known by
+        self.base: dict[str, str] = {}  # digest and dtype of the weights under the adapters
         self.tokens_seen = 0
         self.val_loss = TokenLoss()
         self.on_answer: Callable[[int, list[int]], None] | None = None

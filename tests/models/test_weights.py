@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from lightning_sft.common import downloads, files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.models import files as weight_files
-from lightning_sft.models import loading as weights
+from lightning_sft.models import gpt2_weights as weights
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import book_state_dict, from_hf, load_weights, to_hf
+from lightning_sft.models.gpt2_weights import from_hf, to_hf
+from lightning_sft.models.loading import book_state_dict, load_weights
 from lightning_sft.models.registry import ARCHITECTURES
 from support.hub import Hub, Reply
 from support.tiny_weights import INPUT_IDS, TIED, TINY, logits_of, make_book_model, make_model
@@ -187,6 +188,17 @@ def test_the_books_mask_is_written_once():
     size = saved_size(book_state_dict(model)) - saved_size(dict(model.state_dict()))
     one_mask = 256 * 256 * 4
     assert one_mask < size < 1.2 * one_mask
+
+
+def test_nothing_of_size_context_squared(tmp_path):
+    """131,072 tokens would make a mask of 69 GB behind every fit."""
+    short = dataclasses.replace(TINY, context_length=weights.LONGEST_BOOK_MASK, n_layers=1)
+    long = dataclasses.replace(short, context_length=131_072)
+    assert "trf_blocks.0.att.mask" in book_state_dict(make_model(short))
+    state = book_state_dict(make_model(long))
+    assert state.keys() == make_model(long).state_dict().keys()
+    torch.save(state, tmp_path / "long.pth")
+    load_weights(on_meta(long), str(tmp_path / "long.pth"))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt"])
