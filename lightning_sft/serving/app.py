@@ -12,8 +12,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lightning_sft.data.tokenizer import Tokenizer
+from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.serving.answers import Answering, Stream
-from lightning_sft.serving.context import Context, LoadedModel
+from lightning_sft.serving.context import Context
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.log import log_line
 from lightning_sft.serving.openai_reply import to_json
@@ -96,7 +97,7 @@ class Service:
                 "model": model,
                 "prompt": text,
                 "prompt_tokens": len(ids),
-                "context_length": self.context.models[model].context_length,
+                "context_length": self.context.models[model].model.config.context_length,
             }
         )
 
@@ -155,18 +156,19 @@ class Service:
             return tokenizer.encode(text)
         return await asyncio.to_thread(tokenizer.encode, text)  # others need not wait for it
 
-    def _check_ids(self, prompt: list[int], model: LoadedModel) -> None:
+    def _check_ids(self, prompt: list[int], model: AnsweringModel) -> None:
         if len(prompt) > self.context.limits.prompt_tokens:
             raise self._too_long(str(len(prompt)))
         most = model.tokenizer.vocab_size - 1
+        context_length = model.model.config.context_length
         if not all(0 <= token <= most for token in prompt):
             message = f"prompt holds a token id outside 0 to {most}."
             raise ApiError(400, message, param="prompt", code="invalid_value")
-        if len(prompt) >= model.context_length:
+        if len(prompt) >= context_length:
             raise ApiError(
                 400,
                 f"The prompt has {len(prompt)} tokens, which leaves no room for an answer in the "
-                f"model's context of {model.context_length}.",
+                f"model's context of {context_length}.",
                 code="context_length_exceeded",
             )
 
@@ -184,7 +186,7 @@ class Service:
             "object": "model",
             "created": self.context.created,
             "owned_by": "lightning_sft",
-            "context_length": model.context_length,
+            "context_length": model.model.config.context_length,
             "prompt_style": model.style.name,
             "defaults": {
                 "max_tokens": min(default.max_new_tokens, most),
