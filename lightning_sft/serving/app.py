@@ -14,17 +14,13 @@ from starlette.routing import Route
 from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.serving.answers import Answering, Stream
+from lightning_sft.serving.api_error import ApiError
 from lightning_sft.serving.context import Context
+from lightning_sft.serving.conversation import render
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.log import log_line
 from lightning_sft.serving.openai_reply import to_json
-from lightning_sft.serving.openai_request import (
-    ApiError,
-    find_model,
-    read_json,
-    read_request,
-    render,
-)
+from lightning_sft.serving.openai_request import find_model, read_json, read_request
 
 BODY_SECONDS = 30.0  # in which a request's body must have arrived
 LONGEST_TOKEN = 128  # characters; GPT-2's longest is as many spaces
