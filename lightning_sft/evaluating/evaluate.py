@@ -22,7 +22,7 @@ from typing import Any
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.data.entries import read_entries, read_records
-from lightning_sft.runs.evaluation_file import EVALUATION_NAME, merge
+from lightning_sft.runs.evaluation_file import EVALUATION_NAME, add_rows
 from lightning_sft.runs.responses import responses_path
 
 ALPACA_EVAL_NAME = "alpaca-eval.json"
@@ -107,7 +107,7 @@ def evaluate(
     model_name = f"{origin.name}, step {origin.step}" if origin.step is not None else origin.name
     rows = [{"model": model_name} | row | settings for row in result_rows(found)]
     path = Path(output or (origin.run or Path()) / EVALUATION_NAME).expanduser()
-    files.write_json(path, merge(path, rows))
+    files.write_json(path, add_rows(path, rows))
     for row in rows:
         error = f" ± {row['stderr']:.4f}" if row["stderr"] is not None else ""
         print(f"  {row['task']:<28} {row['metric']:<16} {row['value']:.4f}{error}")

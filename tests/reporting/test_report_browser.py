@@ -12,7 +12,7 @@ import pytest
 
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.score import score
-from lightning_sft.reporting import pages
+from lightning_sft.reporting import answers_table
 from lightning_sft.reporting.compare import compare
 from lightning_sft.reporting.report import report
 from lightning_sft.runs.responses import RESPONSES_NAME
@@ -120,6 +120,42 @@ def test_searching(browser, run):
     assert len(column(browser, "index")) == 12
 
 
+def test_pages_of_answers(browser, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(answers_table, "PAGE", 5)
+    report(run, output=tmp_path / "report.html")
+    open_page(browser, tmp_path / "report.html")
+    page, before, after = (find(browser, f"#{name}") for name in ("place", "before", "after"))
+    scores = column(browser, "score")
+    assert (len(scores), page.text, before.is_enabled()) == (5, "page 1 of 3", False)
+    for number in (2, 3):
+        after.click()
+        assert page.text == f"page {number} of 3"
+        scores += column(browser, "score")
+    assert len(scores) == 12
+    assert scores == sorted(scores)  # the order goes on over the pages
+    assert not after.is_enabled()
+    before.click()
+    assert page.text == "page 2 of 3"
+    find(browser, "#search").send_keys("Task 7:")  # found wherever it is
+    assert column(browser, "index") == [7]
+    assert not page.is_displayed()
+    assert find(browser, "#shown").text == "1 of 12"
+    assert browser.execute_script("return window.pwned") is None
+    open_page(browser, run / "report.html")  # control: what fits needs no pages
+    assert not find(browser, "#place").is_displayed()
+
+
+def test_the_script_draws_the_rows_that_the_page_came_with(browser, run):
+    open_page(browser, run / "report.html")
+    script = "return document.querySelector('#answers tbody').innerHTML"
+    came = browser.execute_script(script)
+    order = Select(find(browser, "#order"))
+    order.select_by_visible_text("best first")
+    assert browser.execute_script(script) != came
+    order.select_by_visible_text("worst first")
+    assert browser.execute_script(script) == came
+
+
 def test_markup_in_answers_does_nothing_and_nothing_is_loaded(browser, run):
     open_page(browser, run / "report.html")
     assert browser.execute_script("return window.pwned") is None
@@ -133,7 +169,7 @@ def test_markup_in_answers_does_nothing_and_nothing_is_loaded(browser, run):
 
 def test_policy_holds_where_escaping_fails(browser, run, monkeypatch, tmp_path):
     """The second lock: without escaping, the policy still keeps the markup from running."""
-    monkeypatch.setattr(pages, "escape", lambda text: text)
+    monkeypatch.setattr(answers_table, "escape", lambda text: text)
     report(run, output=tmp_path / "report.html")
     open_page(browser, tmp_path / "report.html")
     assert browser.execute_script("return window.pwned") is None
