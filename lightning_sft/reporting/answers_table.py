@@ -54,8 +54,8 @@ def render_table(answers: Sequence[Answer]) -> str:
     rows = "".join(_render_row(answer, columns) for answer in answers[:PAGE])
     pager = (
         '<nav class="pager" aria-label="Pages of answers" hidden><button type="button" '
-        'id="before">← Before</button><output id="place"></output>'
-        '<button type="button" id="after">Next →</button></nav>'
+        'id="previous">← Previous</button><output id="place"></output>'
+        '<button type="button" id="next">Next →</button></nav>'
     )
     return (
         '<div class="tools" data-for="answers">'

@@ -46,10 +46,10 @@
   function count() {
     const last = Math.ceil(found.length / page);
     byId("shown").textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
-    byId("before").parentElement.hidden = last < 2;
+    byId("previous").parentElement.hidden = last < 2;
     byId("place").textContent = `page ${place + 1} of ${last}`;
-    byId("before").disabled = place === 0;
-    byId("after").disabled = place + 1 >= last;
+    byId("previous").disabled = place === 0;
+    byId("next").disabled = place + 1 >= last;
   }
 
   function show(number) {
@@ -87,7 +87,7 @@
       sort(head.dataset.sort, again ? "down" : "up");
     });
   }
-  for (const [id, step] of [["before", -1], ["after", 1]]) {
+  for (const [id, step] of [["previous", -1], ["next", 1]]) {
     byId(id).addEventListener("click", () => {
       show(place + step);
       table.scrollIntoView();

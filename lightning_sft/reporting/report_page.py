@@ -77,7 +77,7 @@ def _cards(found: dict[str, Any], metrics: dict[str, Interval]) -> str:
     for column, label in (("val_loss", "Validation loss"), ("val_perplexity", "Perplexity")):
         if training.get(column):
             step, value = training[column][-1]
-            cards.append(pages.card(label, f"{value:.3f}", f"at step {step:.0f}"))
+            cards.append(pages.card(label, f"{value:.3f}", f"at step {step:,.0f}"))
     for name in ("rouge_l", "chrf"):
         if name in metrics:
             low, high = metrics[name].low, metrics[name].high

@@ -14,6 +14,7 @@ from lightning_sft.judging.pairwise import combine, parse_choice
 from lightning_sft.judging.score import score
 from lightning_sft.reporting.blind_vote import FORMAT, fingerprint, first_run_is_left, read_votes
 from lightning_sft.reporting.compare import compare, load_runs
+from lightning_sft.reporting.compare_page import chance
 from lightning_sft.runs.responses import RESPONSES_NAME, read_responses
 from support.judge_server import JudgeServer, Status
 
@@ -78,11 +79,18 @@ def test_planted_difference_is_recovered(runs, tmp_path, capsys):
         assert rows[name]["verdict"] == "worse"
     out = capsys.readouterr().out
     assert "bad/version_0 against good/version_0" in out
+    assert "p < 0.001  worse" in out
     assert "the judge is not informative" not in out
     drop = result_of(tmp_path / "out")["comparisons"][0]["regressions"][0]
     assert drop["before"] - drop["after"] >= 50
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Worst regressions" in page
+    assert "<td>&lt; 0.001</td>" in page
+
+
+def test_a_tiny_p_is_a_bound_and_not_nothing():
+    shown = [chance(p) for p in (0.0, 0.00099, 0.001, 0.0123, 1.0)]
+    assert shown == ["< 0.001", "< 0.001", "0.001", "0.012", "1.000"]
 
 
 def test_no_difference_is_not_called_one(tmp_path):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning_sft.common.pages import build_page
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.score import score
-from lightning_sft.reporting import answers_table
+from lightning_sft.reporting import answers_table, pages
+from lightning_sft.reporting.charts import line_chart
 from lightning_sft.reporting.compare import compare
 from lightning_sft.reporting.report import report
 from lightning_sft.runs.responses import RESPONSES_NAME
@@ -124,7 +126,7 @@ def test_pages_of_answers(browser, run, monkeypatch, tmp_path):
     monkeypatch.setattr(answers_table, "PAGE", 5)
     report(run, output=tmp_path / "report.html")
     open_page(browser, tmp_path / "report.html")
-    page, before, after = (find(browser, f"#{name}") for name in ("place", "before", "after"))
+    page, before, after = (find(browser, f"#{name}") for name in ("place", "previous", "next"))
     scores = column(browser, "score")
     assert (len(scores), page.text, before.is_enabled()) == (5, "page 1 of 3", False)
     for number in (2, 3):
@@ -185,6 +187,30 @@ def test_policy_holds_where_escaping_fails(browser, run, monkeypatch, tmp_path):
 def test_no_sideways_scrolling(browser, run, width):
     open_page(browser, run / "report.html", width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_a_table_that_scrolls_is_shaded_where_it_goes_on(browser, comparison):
+    open_page(browser, comparison / "comparison.html", 360)
+    wide = "const wide = document.querySelector('.wide');"
+    assert browser.execute_script(f"{wide} return wide.scrollWidth > wide.clientWidth")
+    style = browser.execute_script(f"{wide} return getComputedStyle(wide).backgroundAttachment")
+    assert style == "local, local, scroll, scroll"  # covers that move, shades that stay
+
+
+def test_labels_of_charts_are_whole(browser, tmp_path):
+    figure = line_chart("Loss", {"a": [(0, 0.0), (80_000, 80_000.0)]}, "step")
+    page = tmp_path / "chart.html"
+    page.write_text(build_page("Chart", figure, pages.SCRIPT))
+    open_page(browser, page)
+    script = (
+        "const room = document.querySelector('.chart > svg').getBoundingClientRect();"
+        "return [...document.querySelectorAll('.chart > svg text')].map((text) => {"
+        "const box = text.getBoundingClientRect();"
+        "return [text.textContent, box.left >= room.left && box.right <= room.right]})"
+    )
+    labels = dict(browser.execute_script(script))
+    assert labels["80,000"]
+    assert all(labels.values()), labels
 
 
 def test_phone_shows_rows_as_cards(browser, run):
