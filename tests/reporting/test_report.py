@@ -19,7 +19,7 @@ import pytest
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.common.pages import embed_json
 from lightning_sft.judging.judge import JudgeConfig
-from lightning_sft.judging.score import score
+from lightning_sft.judging.score import score_responses
 from lightning_sft.reporting import answers_table, report_page
 from lightning_sft.reporting.charts import bar_chart, line_chart
 from lightning_sft.reporting.report import collect, report
@@ -88,7 +88,7 @@ def run(tmp_path) -> Path:
 def add_scores(run: Path) -> None:
     replies = ["90", f"60 or 70, because {EVIL}", "70"]
     with JudgeServer("ollama", replies) as server, pytest.raises(IncompleteError):
-        score(run, JudgeConfig(url=server.url), controls=0)
+        score_responses(run, JudgeConfig(url=server.url), controls=0)
 
 
 def page_of(run: Path) -> Page:

@@ -12,10 +12,10 @@ import pytest
 
 from lightning_sft.common.pages import build_page
 from lightning_sft.judging.judge import JudgeConfig
-from lightning_sft.judging.score import score
+from lightning_sft.judging.score import score_responses
 from lightning_sft.reporting import answers_table, pages
 from lightning_sft.reporting.charts import line_chart
-from lightning_sft.reporting.compare import compare
+from lightning_sft.reporting.compare import compare_answers
 from lightning_sft.reporting.report import report
 from lightning_sft.runs.responses import RESPONSES_NAME
 from support.browser import EVIL, Select, chromium, webdriver
@@ -64,7 +64,7 @@ def run(tmp_path_factory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("runs") / "tiny" / "version_0", seed=1)
     numbers = iter(random.Random(2).sample(range(100), 12))
     with JudgeServer("ollama", lambda prompt: f"{next(numbers)}") as server:
-        score(folder, JudgeConfig(url=server.url), controls=0)
+        score_responses(folder, JudgeConfig(url=server.url), controls=0)
     report(folder)
     return folder
 
@@ -251,7 +251,7 @@ def test_page_is_whole_without_its_script(browser, run, tmp_path):
 def comparison(run, tmp_path_factory) -> Path:
     other = write_run(tmp_path_factory.mktemp("runs") / "other" / "version_0", seed=9)
     output = tmp_path_factory.mktemp("comparison")
-    compare([run, other], output)
+    compare_answers([run, other], output)
     return output
 
 
@@ -287,7 +287,7 @@ def test_blind_vote_from_clicks_to_compare(browser, run, comparison, downloads, 
     votes.write_text(json.dumps(votes_in(downloads)))
     runs = [run, Path(run).parent]
     runs[1] = write_run(tmp_path / "other" / "version_0", seed=9)
-    compare(runs, tmp_path / "out", votes=votes)
+    compare_answers(runs, tmp_path / "out", votes=votes)
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     rates = result["comparisons"][0]["preferences"]["votes"]
     assert (rates["count"], rates["win_rate"]) == (12, 1.0)
