@@ -21,7 +21,7 @@ from typing import Any
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.data.entries import read_entries, read_records
-from lightning_sft.runs.evaluation_file import EVALUATION_NAME, merge
+from lightning_sft.runs.evaluation_file import EVALUATION_NAME, add_rows
 from lightning_sft.runs.responses import responses_path
 from lightning_sft.runs.run_folder import checkpoint_in
 
@@ -106,7 +106,7 @@ def evaluate(
     same = {"chat_template": apply_chat_template, "limit": limit}
     rows = [{"model": origin.name + step} | row | same for row in result_rows(found)]
     target = Path(output or (origin.run or Path()) / EVALUATION_NAME).expanduser()
-    files.write_json(target, merge(target, rows))
+    files.write_json(target, add_rows(target, rows))
     for row in rows:
         error = f" ± {row['stderr']:.4f}" if row["stderr"] is not None else ""
         print(f"  {row['task']:<28} {row['metric']:<16} {row['value']:.4f}{error}")

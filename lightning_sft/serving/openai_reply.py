@@ -15,7 +15,7 @@ from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.serving.openai_request import AnswerRequest
 
 if TYPE_CHECKING:
-    from lightning_sft.models.registry import ModelTokenizer
+    from lightning_sft.data.tokenizer import Tokenizer
 
 # Why an answer ends → the API's word. An answer cut by the clock is cut for its length.
 FINISH_REASONS = {"stop": "stop", "length": "length", "time": "length"}
@@ -32,7 +32,7 @@ class Choice:
     """One answer in the making: its text, its token count and what became known of its tokens."""
 
     def __init__(
-        self, index: int, request: AnswerRequest, text: AnswerText, tokenizer: ModelTokenizer
+        self, index: int, request: AnswerRequest, text: AnswerText, tokenizer: Tokenizer
     ) -> None:
         self.index, self.request, self.text, self.tokenizer = index, request, text, tokenizer
         self.num_tokens = 0

@@ -20,7 +20,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.evaluating import evaluate as evaluate_module
 from lightning_sft.evaluating.evaluate import result_rows, write_alpaca_eval
 from lightning_sft.reporting.report import collect, report
-from lightning_sft.runs.evaluation_file import merge, read_evaluation
+from lightning_sft.runs.evaluation_file import add_rows, read_evaluation
 from support.runs import newest_checkpoint, run, write_config
 
 needs_lm_eval = pytest.mark.skipif(
@@ -277,11 +277,11 @@ def test_rows_of_results(monkeypatch, tmp_path):
         common | {"metric": "f1", "filter": "strict", "value": 1.0, "stderr": None},
     ]
     path = tmp_path / "evaluation.json"
-    assert merge(path, rows) == rows
+    assert add_rows(path, rows) == rows
     path.write_text(json.dumps(rows))
     better = [rows[0] | {"value": 0.7}]
-    assert merge(path, better) == [rows[1], *better]
-    assert merge(path, [rows[0] | {"shots": 0}]) == [*rows, rows[0] | {"shots": 0}]
+    assert add_rows(path, better) == [rows[1], *better]
+    assert add_rows(path, [rows[0] | {"shots": 0}]) == [*rows, rows[0] | {"shots": 0}]
 
 
 def test_a_report_shows_benchmarks_and_survives_a_broken_file(tmp_path, monkeypatch):
