@@ -37,6 +37,6 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() or x.device.type != "cpu" or not 2 <= num_rows <= 64:
             return F.linear(x, self.weight, self.bias)
         product = self.weight @ x.reshape(num_rows, -1).T  # (out, rows)
-        if self.bias is not None:
+        if self.bias is not None:  # one number for each output, alike for all rows
             product += self.bias[:, None]
         return product.T.contiguous().view(*x.shape[:-1], -1)

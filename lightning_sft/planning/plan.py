@@ -264,10 +264,10 @@ def _explain_misfit(
             f"{message}; one row does not fit either, weights, gradients and optimizer alone take "
             f"{fixed / GB:.3g} GB; take a smaller model or trainer.precision bf16-true"
         )
-    rest = ", for nearly the same steps" if outlook.data.group_by_length else ", for the same steps"
+    nearly = "nearly " if outlook.data.config.group_by_length else ""
     return (
         f"{message}; use --data.batch_size {pair[0]} --trainer.accumulate_grad_batches {pair[1]}"
-        f"{rest}"
+        f", for {nearly}the same steps"
     )
 
 
