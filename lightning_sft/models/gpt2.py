@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.cache import CacheShape, KVCache
-from lightning_sft.models.layers import Linear, PackedLayout
+from lightning_sft.models.layers import Embedding, Linear, PackedLayout, allocate
 
 # Far beyond any model, and little enough that one without memory is made in seconds.
 LARGEST = {
@@ -223,8 +223,8 @@ class GPTModel(nn.Module):
         self.config = config
         self.recompute = False  # forget what blocks computed, and compute it again in backward
         self.compiled: Callable[..., torch.Tensor] | None = None  # `run_block`, by torch.compile
-        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.tok_emb = Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
         # The book's `nn.Sequential` and this list name their parameters alike.
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
@@ -255,9 +255,9 @@ class GPTModel(nn.Module):
 
     def materialize(self) -> None:
         """Give a model made on the meta device memory, whose content is still arbitrary."""
-        self.to_empty(device="cpu")
+        allocate(self)
         if self.config.tie_embeddings:
-            self.out_head.weight = self.tok_emb.weight  # to_empty makes two of one
+            self.out_head.weight = self.tok_emb.weight  # else they are two
 
     def randomize(self, seed: int) -> None:
         """Random weights that depend on the seed alone; torch's own random state is left as it is.

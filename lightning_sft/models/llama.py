@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.cache import KVCache
-from lightning_sft.models.layers import Linear, PackedLayout
+from lightning_sft.models.layers import Embedding, Linear, PackedLayout, allocate
 from lightning_sft.models.llama_config import LlamaConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine and sine of every token's angles
@@ -181,7 +181,7 @@ class LlamaModel(nn.Module):
         self.config = config
         self.recompute = False  # forget what blocks computed, and compute it again in backward
         self.compiled: Callable[..., torch.Tensor] | None = None  # `run_block`, by torch.compile
-        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.tok_emb = Embedding(config.vocab_size, config.emb_dim)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = RMSNorm(config.emb_dim, config.norm_eps)
         self.out_head = Linear(config.emb_dim, config.vocab_size, bias=False)
@@ -192,9 +192,9 @@ class LlamaModel(nn.Module):
 
     def materialize(self) -> None:
         """Give a model made on the meta device memory, whose content is still arbitrary."""
-        self.to_empty(device="cpu")
+        allocate(self)
         if self.config.tie_embeddings:
-            self.out_head.weight = self.tok_emb.weight  # to_empty makes two of one
+            self.out_head.weight = self.tok_emb.weight  # else they are two
 
     def randomize(self, seed: int) -> None:
         """Random weights that depend on the seed alone; torch's own random state is left as it is.

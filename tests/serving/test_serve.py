@@ -312,7 +312,7 @@ def test_completions_logprobs(client):
         (
             "phi3",
             "<|user|>\nBe brief.\n\nOne?\n\n<|assistant|>\n1\n\n"
-            "<|user|>\nTwo?\ntext\n\n<|assistant|>\n",
+            "<|user|>\nTwo? text\n\n<|assistant|>\n",
         ),
         (
             "chatml",
