@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.common.files import (
     BLOCK,
+    MOST_SMALL,
     atomic_write,
     disk_error,
     lock,
+    read_bytes,
+    read_text,
     replace_durably,
     sha256_of,
 )
@@ -126,7 +129,11 @@ def _transfer(
     from lightning_sft.common.deadline import Deadline, DeadlineError, watched_session
 
     part, etag = Path(f"{path}.part"), Path(f"{path}.part.etag")
-    version = etag.read_text("utf-8", "replace") if etag.exists() and part.exists() else ""
+    version = (
+        read_bytes(etag, MOST_SMALL).decode("utf-8", "replace")
+        if etag.exists() and part.exists()
+        else ""
+    )
     # A weak ETag (W/"…") does not promise the same bytes, and a malformed one cannot be sent.
     have = part.stat().st_size if re.fullmatch(r'"[\x21\x23-\x7e]*"', version) else 0
     headers = {"Accept-Encoding": "identity"}
@@ -265,7 +272,7 @@ def _is_intact(path: Path, size: int | None, sha256: str | None) -> bool:
         if size not in (None, path.stat().st_size):
             return False
         with contextlib.suppress(FileNotFoundError):
-            sha256 = sha256 or Path(f"{path}.sha256").read_text()[:64]
+            sha256 = sha256 or read_text(f"{path}.sha256", MOST_SMALL)[:64]
         if sha256 is not None:
             return sha256_of(path) == sha256
         return path.stat().st_size > 0 and not _is_html(path)

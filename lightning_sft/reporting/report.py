@@ -14,7 +14,6 @@ import base64
 import csv
 import datetime
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -73,8 +72,6 @@ def collect(folder: Path) -> dict[str, Any]:
         try:
             path = _find_part(folder, name)
             return None if path is None else read(path)
-        except RecursionError:
-            notes.append(f"{name} is left out: its JSON is nested too deep")
         except (InputError, OSError, ValueError, csv.Error) as error:
             notes.append(f"{name} is left out: {error}")
         return None
@@ -89,7 +86,7 @@ def collect(folder: Path) -> dict[str, Any]:
         **judge_answers(responses, records),
         "evaluation": load(EVALUATION_NAME, read_evaluation) or [],
         "config": load("config.yaml", _read_text),
-        "versions": load("versions.json", lambda path: json.loads(path.read_text("utf-8"))),
+        "versions": load("versions.json", files.read_json),
         "picture": load("loss-curve.png", _read_picture),
         "versions_here": _versions_here(),
         "notes": notes,
@@ -129,13 +126,12 @@ def judge_answers(responses: Sequence[Response], records: list[dict[str, Any]]) 
 def _read_training(path: Path) -> dict[str, list[Point]]:
     """Column → (step, value) pairs. Empty and torn cells are skipped: the file is sparse."""
     series: dict[str, list[Point]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = _figure(row.get("step"))
-            for column, text in row.items():
-                value = _figure(text)
-                if column not in (None, "step") and step is not None and value is not None:
-                    series.setdefault(column, []).append((step, value))
+    for row in csv.DictReader(files.read_text(path).splitlines()):
+        step = _figure(row.get("step"))
+        for column, text in row.items():
+            value = _figure(text)
+            if column not in (None, "step") and step is not None and value is not None:
+                series.setdefault(column, []).append((step, value))
     return series
 
 
@@ -149,12 +145,12 @@ def _figure(text: Any) -> float | None:
 
 def _read_text(path: Path) -> str:
     """The file's text. Keys are refused in configs; should one be there, it goes no further."""
-    return hide_keys(path.read_text("utf-8"))
+    return hide_keys(files.read_text(path))
 
 
 def _read_picture(path: Path) -> str:
     """The picture as a data URI."""
-    content = path.read_bytes()
+    content = files.read_bytes(path, files.MOST_SMALL)
     if not content.startswith(PNG_START):
         raise InputError("it is no PNG picture")
     return "data:image/png;base64," + base64.b64encode(content).decode()
@@ -164,16 +160,13 @@ def _find_part(folder: Path, name: str) -> Path | None:
     """A file of the run; None where there is none.
 
     Raises:
-        InputError: It is a link to something outside the run, which is not the report's to show
-            around, or no regular file.
+        InputError: It is a link to something outside the run, which is not the report's to show.
     """
     path = folder / name
     if not path.exists():
         return None
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError("it is a link that leaves the run folder")
-    if not path.is_file():
-        raise InputError("it is not a regular file")
     return path
 
 

@@ -6,10 +6,10 @@ again replaces its own. This module does not import torch.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 
 EVALUATION_NAME = "evaluation.json"
@@ -35,8 +35,8 @@ def read_evaluation(path: Path) -> list[dict[str, Any]]:
         InputError: It holds no results.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        rows = files.read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a file of results ({error})") from None
     if not isinstance(rows, list) or not all(map(_is_result, rows)):
         raise InputError(f"{path}: not a file of results; `lightning_sft evaluate` writes them")

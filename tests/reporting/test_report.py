@@ -221,7 +221,7 @@ def test_a_pipe_in_the_run_is_not_waited_for(run):
     os.mkfifo(run / "metrics.csv")
     report(run)
     notes = json.loads((run / "report.json").read_text())["notes"]
-    assert notes == ["metrics.csv is left out: it is not a regular file"]
+    assert notes == [f"metrics.csv is left out: {run / 'metrics.csv'}: not a regular file"]
 
 
 def test_a_long_table_is_in_pages(run, monkeypatch):
