@@ -20,7 +20,7 @@ from lightning_sft.common import files
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.metrics import METRICS, measure
-from lightning_sft.judging.pairwise import judge_pairs
+from lightning_sft.judging.pairwise import Preference, judge_pairs
 from lightning_sft.judging.significance import bootstrap_mean, length_controlled_win_rate, sign_test
 from lightning_sft.judging.summary import (
     SCORES_NAME,
@@ -80,23 +80,30 @@ def compare_answers(
         "notes": _notes(loaded),
         "comparisons": [],
     }
+    replies = output / "pairwise.jsonl"
     for number, run in enumerate(loaded[1:], start=1):
         result = compare_two(loaded[0], run, _common_judge(loaded))
         if pairwise:
-            judged = judge_pairs(answers[0], run.responses, judge, output / "pairwise.jsonl")
-            pairs = [(i, p.value) for i, p in enumerate(judged) if p.value is not None]
-            result["preferences"]["pairwise"] = _win_rates(loaded[0], run, pairs) | {
-                "inconsistent": sum(p.value is not None and not p.consistent for p in judged),
-                "unjudged": len(judged) - len(pairs),
-            }
+            judged = judge_pairs(answers[0], run.responses, judge, replies)
+            result["preferences"]["pairwise"] = _pairwise_rates(loaded[0], run, judged)
         own = [(vote.entry, vote.value) for vote in cast if vote.run == number]
         if own:
             result["preferences"]["votes"] = _win_rates(loaded[0], run, _mean_per_entry(own))
         found["comparisons"].append(result)
+    _write(output, found, answers)
+    unjudged = sum(
+        r["preferences"].get("pairwise", {}).get("unjudged", 0) for r in found["comparisons"]
+    )
+    if unjudged:
+        raise IncompleteError(f"{unjudged} pairs have no judgement; {replies} says why")
+
+
+def _write(output: Path, found: dict[str, Any], answers: list[list[Response]]) -> None:
+    """The comparison as JSON, as a page and on the terminal, and the page to vote on."""
     output.mkdir(parents=True, exist_ok=True)
     files.write_json(output / "comparison.json", found)
     pages = {
-        "comparison.html": render_comparison(found, loaded[0].responses),
+        "comparison.html": render_comparison(found, answers[0]),
         "blind-vote.html": build_vote_page(answers),
     }
     for name, page in pages.items():
@@ -104,13 +111,6 @@ def compare_answers(
             file.write(page)
     print(describe_comparison(found))
     print(f"\nComparison: {output / 'comparison.html'}")
-    unjudged = sum(
-        r["preferences"].get("pairwise", {}).get("unjudged", 0) for r in found["comparisons"]
-    )
-    if unjudged:
-        raise IncompleteError(
-            f"{unjudged} pairs have no judgement; {output / 'pairwise.jsonl'} says why"
-        )
 
 
 def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> list[RunAnswers]:
@@ -210,6 +210,17 @@ def _difference(name: str, first: list, second: list) -> dict[str, Any] | None:
         "lower": signs.lower,
         "p": signs.p,
         "verdict": verdict,
+    }
+
+
+def _pairwise_rates(
+    first: RunAnswers, second: RunAnswers, judged: Sequence[Preference]
+) -> dict[str, Any]:
+    """Win rates of the pairs that the judge decided, and how many it did not or contradicted."""
+    pairs = [(i, p.value) for i, p in enumerate(judged) if p.value is not None]
+    return _win_rates(first, second, pairs) | {
+        "inconsistent": sum(p.value is not None and not p.consistent for p in judged),
+        "unjudged": len(judged) - len(pairs),
     }
 
 

@@ -72,8 +72,6 @@ def collect(folder: Path) -> dict[str, Any]:
         try:
             path = _find_part(folder, name)
             return None if path is None else read(path)
-        except RecursionError:
-            notes.append(f"{name} is left out: its JSON is nested too deep")
         except (InputError, OSError, ValueError, csv.Error) as error:
             notes.append(f"{name} is left out: {error}")
         return None
@@ -162,16 +160,13 @@ def _find_part(folder: Path, name: str) -> Path | None:
     """A file of the run; None where there is none.
 
     Raises:
-        InputError: It is a link to something outside the run, which is not the report's to show
-            around, or no regular file.
+        InputError: It is a link to something outside the run, which is not the report's to show.
     """
     path = folder / name
     if not path.exists():
         return None
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError("it is a link that leaves the run folder")
-    if not path.is_file():
-        raise InputError("it is not a regular file")
     return path
 
 

@@ -221,7 +221,7 @@ def test_a_pipe_in_the_run_is_not_waited_for(run):
     os.mkfifo(run / "metrics.csv")
     report(run)
     notes = json.loads((run / "report.json").read_text())["notes"]
-    assert notes == ["metrics.csv is left out: it is not a regular file"]
+    assert notes == [f"metrics.csv is left out: {run / 'metrics.csv'}: not a regular file"]
 
 
 def test_a_long_table_is_in_pages(run, monkeypatch):
@@ -362,7 +362,15 @@ def test_line_chart_places_points_inside_and_in_order():
 
 @pytest.mark.parametrize(
     "points",
-    [[(1, 2.0)], [(1, 0.0), (2, 0.0)], [(5, 1e-9), (5, 1e12)], [(k, k % 7) for k in range(9999)]],
+    [
+        [(1, 2.0)],
+        [(1, 0.0), (2, 0.0)],
+        [(5, 1e-9), (5, 1e12)],
+        [(k, k % 7) for k in range(9999)],
+        [(1, 1e-14), (2, 3e-14)],
+        [(1, 5e99), (2, -5e99)],
+        [(0, 1.0), (1, 1e308), (2, -1e308), (1e300, 2.0)],
+    ],
 )
 def test_line_chart_at_the_edges(points):
     figure = line_chart("x", {"a": points, "empty": []}, "step")
