@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 
-from lightning_sft import GPTConfig
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.evaluating import evaluate as evaluate_module
@@ -232,7 +231,6 @@ def test_a_run_folder_and_a_base_that_moved(monkeypatch, tmp_path, capsys):
     stub = SimpleNamespace(EvalModel=lambda *arguments: arguments)
     monkeypatch.setitem(sys.modules, "lightning_sft.evaluating.lm_eval_model", stub)
     model = torch.nn.Linear(1, 1)
-    model.config = GPTConfig()  # whose family has the tokenizer
     read = []
     monkeypatch.setattr(
         "lightning_sft.models.ready.load_for_answers",
