@@ -25,7 +25,7 @@ from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.decoding.generation import GenerationConfig, decode, generate
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.ready import choose_device, load_for_answers
-from lightning_sft.models.tokenizers import tokenizer_of
+from lightning_sft.models.registry import family_of
 from lightning_sft.runs.run_folder import checkpoint_in
 
 
@@ -42,7 +42,7 @@ class AnsweringModel:
         self, model: GPTModel, style: PromptStyle, tokenizer: Tokenizer | None = None
     ) -> None:
         self.model, self.style = model, style
-        self.tokenizer = tokenizer or tokenizer_of(model)
+        self.tokenizer = tokenizer or family_of(model.config).tokenizer()
 
     @overload
     def answer(self, instruction: str, input: str = "", **generation: Any) -> str: ...

@@ -15,7 +15,9 @@ from html import escape
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400, 230  # in SVG units; few enough that 13-unit text is readable on a phone
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+# Room for half of "80,000" beside the last step, and for the whole of it before the axis.
+LEFT, RIGHT, TOP, BOTTOM = 58, 26, 12, 40
+BAR_MARGIN = 12
 MOST_POINTS = 500  # more would only make the page heavy
 MOST_MARKERS = 40
 
@@ -77,7 +79,7 @@ def line_chart(
             )
     keys = "".join(
         f'<li><svg viewBox="0 0 24 8" aria-hidden="true"><line class="line s{number}" x1="1" '
-        f'y1="4" x2="23" y2="4"/></svg>{escape(name)} <b>{points[-1][1]:.4g}</b></li>'
+        f'y1="4" x2="23" y2="4"/></svg>{escape(name)} <b>{_last(points)}</b></li>'
         for number, (name, points) in enumerate(lines.items())
     )
     return _figure(title, parts, f'<ul class="legend">{keys}</ul>')
@@ -92,12 +94,14 @@ def bar_chart(title: str, bars: Sequence[tuple[str, int]], x_label: str) -> str:
     most = max((count for _, count in bars), default=0)
     if most == 0:
         return ""
-    room = (WIDTH - RIGHT - RIGHT) / len(bars)
+    room = (WIDTH - 2 * BAR_MARGIN) / len(bars)
     base = HEIGHT - BOTTOM
-    parts = [f'<line class="axis" x1="{RIGHT}" y1="{base}" x2="{WIDTH - RIGHT}" y2="{base}"/>']
+    parts = [
+        f'<line class="axis" x1="{BAR_MARGIN}" y1="{base}" x2="{WIDTH - BAR_MARGIN}" y2="{base}"/>'
+    ]
     for number, (label, count) in enumerate(bars):
         tall = (base - TOP - 16) * count / most
-        left = RIGHT + number * room
+        left = BAR_MARGIN + number * room
         middle = left + room / 2
         parts.append(
             f'<rect class="bar" x="{left + room * 0.1:.1f}" y="{base - tall:.1f}" '
@@ -144,6 +148,11 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(k * step, 12) for k in range(first, last + 1)]
+
+
+def _last(points: Sequence[Point]) -> str:
+    value = points[-1][1]
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _number(value: float) -> str:

@@ -36,7 +36,7 @@ from lightning_sft.runs.responses import Response, as_list, read_responses, resp
 WORST = 10  # regressions listed per run
 
 
-class Run(NamedTuple):
+class RunAnswers(NamedTuple):
     """One run's answers and what is known of each."""
 
     name: str
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     metrics: dict[str, list[float]]
 
 
-def compare(
+def compare_answers(
     runs: list[Path],
     output: Path = Path("comparison"),
     pairwise: bool = False,
@@ -113,7 +113,7 @@ def compare(
         )
 
 
-def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> list[Run]:
+def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> list[RunAnswers]:
     """Read the runs and make sure that they answer the same entries in the same order.
 
     Raises:
@@ -124,7 +124,7 @@ def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> li
         responses = read_responses(path, response_key)
         scores = read_scores(responses_path(path).parent / SCORES_NAME)
         measured = measure((r.text, r.entry.output) for r in responses)
-        runs.append(Run(_name(path), responses, scores, measured))
+        runs.append(RunAnswers(_name(path), responses, scores, measured))
     first = runs[0]
     for run, path in zip(runs[1:], paths[1:], strict=True):
         if len(run.responses) != len(first.responses):
@@ -145,7 +145,7 @@ def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> li
     ]
 
 
-def compare_two(first: Run, second: Run, judge: str | None) -> dict[str, Any]:
+def compare_two(first: RunAnswers, second: RunAnswers, judge: str | None) -> dict[str, Any]:
     """Differences second - first, preferences by score, and the worst regressions.
 
     Args:
@@ -213,7 +213,9 @@ def _difference(name: str, first: list, second: list) -> dict[str, Any] | None:
     }
 
 
-def _win_rates(first: Run, second: Run, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
+def _win_rates(
+    first: RunAnswers, second: RunAnswers, pairs: Sequence[tuple[int, float]]
+) -> dict[str, Any]:
     """Raw and length-controlled win rate of the second run; ties count half."""
     values = [value for _, value in pairs]
     lengths = [[len(run.responses[i].text) for i, _ in pairs] for run in (first, second)]
@@ -239,14 +241,14 @@ def _mean_per_entry(votes: Sequence[tuple[int, float]]) -> list[tuple[int, float
     return [(index, sum(values) / len(values)) for index, values in sorted(by_entry.items())]
 
 
-def _common_judge(runs: Sequence[Run]) -> str | None:
+def _common_judge(runs: Sequence[RunAnswers]) -> str | None:
     """The judge that scored last among those who scored every run."""
     judges = [[judge_id(r) for r in run.records if r["kind"] == "answer"] for run in runs]
     common = set.intersection(*map(set, judges))
     return next((judge for judge in reversed(judges[0]) if judge in common), None)
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[RunAnswers]) -> list[str]:
     notes = []
     judge = _common_judge(runs)
     if judge is None and any(run.records for run in runs):
