@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 
 _STRING, _ARRAY = 8, 9
@@ -59,7 +60,10 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     if not path.is_file():
         raise InputError(f"{path}: not a regular file")
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            files.open_regular(path) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             if data[:4] != b"GGUF":
                 raise InputError(f"{path}: not a GGUF file")
             return _Reader(data).read_header()

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.tokenizer import byte_alphabet
 
@@ -102,9 +102,9 @@ class HFTokenizer:
         template_file = path.with_name("chat_template.jinja")
         template = facts.get("chat_template")
         if template_file.is_file():  # where newer folders keep it
-            template = template_file.read_text(encoding="utf-8")
+            template = files.read_text(template_file, files.MOST_SMALL)
         try:
-            content = path.read_bytes()
+            content = files.read_bytes(path)
             tokenizer = Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain ones
             raise InputError(f"{path}: no tokenizer that can be read ({error})") from None
@@ -227,7 +227,7 @@ def _fact(facts: Mapping[str, Any], key: str) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = files.read_json(path, files.MOST_SMALL)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no JSON that can be read ({error})") from None
     if not isinstance(facts, dict):
