@@ -215,7 +215,12 @@ def test_without_lm_eval_it_is_said_what_to_install(monkeypatch, capsys):
 
 def test_a_run_folder_and_a_base_that_moved(monkeypatch, tmp_path, capsys):
     """All of the command but lm-eval itself."""
-    monkeypatch.setattr(evaluate_module.importlib.util, "find_spec", lambda *_: True)
+    right = importlib.util.find_spec
+    monkeypatch.setattr(
+        evaluate_module.importlib.util,
+        "find_spec",
+        lambda name, *rest: True if name == "lm_eval" else right(name, *rest),
+    )
     monkeypatch.setattr(evaluate_module.importlib.metadata, "version", lambda name: "0.4")
     monkeypatch.setattr(evaluate_module, "_find_tasks", lambda *_: "manager")
     rated = []
