@@ -36,7 +36,7 @@ import torch
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.lora import LoRALinear, add_lora
 from lightning_sft.planning.outlook import BatchShape
-from lightning_sft.training.loss import CHUNK_SIZE
+from lightning_sft.training.loss import count_chunk_positions
 from lightning_sft.training.module import SFTModule
 
 # Autocast keeps the residual stream in float32 and one bfloat16 copy for each linear layer.
@@ -89,7 +89,8 @@ def estimate_memory(
     activations = blocks * (per_block + dropout) + stream
     mixed = blocks * (MIXED_SHARE * per_block + dropout) + stream
     head_trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
-    head = min(CHUNK_SIZE, tokens) * config.vocab_size * 4.0 + head_trained * 4
+    chunk = min(count_chunk_positions(config.vocab_size), tokens)
+    head = chunk * config.vocab_size * 4.0 + head_trained * 4
     weights = 4.0 * total
     gradients = 4.0 * trained * (2 if devices > 1 and not sharded else 1)
     optimizer = trained * measure_optimizer(module)
