@@ -22,7 +22,7 @@ from lightning_sft.data.entries import (
     read_entries,
     split_entries,
 )
-from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader
+from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader, accumulation_plan
 from lightning_sft.data.order import epoch_order
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.rows import (
@@ -122,7 +122,7 @@ class InstructionDataModule(L.LightningDataModule):
             "drop_last": self.drop_last,
             "group_by_length": self.group_by_length,
             "devices": trainer.world_size if trainer else 1,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches if trainer else 1,
+            "accumulate_grad_batches": _accumulation(trainer) if trainer else 1,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,20 +185,19 @@ class InstructionDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         rows = self.rows("train")
-        return TrainLoader(
+        loader = TrainLoader(
             rows,
             self.make_batch,
             num_targets=rows.count_targets(self.max_length, self.mask_prompt),
             num_tokens=rows.lengths.clip(max=self.max_length),
             batch_size=self.batch_size,
             seed=self.seed,
-            current_epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
-            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             drop_last=self.drop_last,
             group_by_length=self.group_by_length,
             num_workers=self.num_workers,
             **self._device_settings(),
         )
+        return loader.follow(self.trainer) if self.trainer else loader
 
     def val_dataloader(self) -> EvalLoader:
         return self._eval_loader("val")
@@ -261,3 +260,9 @@ class InstructionDataModule(L.LightningDataModule):
         if val is not None:
             return Splits(train=parts.train + parts.val, test=parts.test, val=val)
         return Splits(train=parts.train + parts.test, test=test or [], val=parts.val)
+
+
+def _accumulation(trainer: L.Trainer) -> int | dict[int, int]:
+    """A number, or the schedule that sets it anew in some epochs."""
+    plan = accumulation_plan(trainer)
+    return plan if len(plan) > 1 else plan[0]

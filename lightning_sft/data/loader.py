@@ -7,16 +7,20 @@ handed out.
 
 A batch also says how many tokens it holds on all ranks, and how many supervised tokens its
 whole optimizer step holds, over the accumulation window and all ranks: `module.py` divides by that
-number, so that the step does not depend on how its entries were cut into batches.
+number, so that the step does not depend on how its entries were cut into batches. A trainer that
+the loader follows says at each pass how many micro-batches make a step and an epoch.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sft.common.errors import InputError
@@ -24,6 +28,7 @@ from lightning_sft.data.order import epoch_order
 from lightning_sft.data.rows import Row
 
 Batch = dict[str, Any]
+WORKERS_PER_CPU = 8  # more help nobody, and each takes memory
 
 
 class _Rows(Dataset[Row]):
@@ -77,12 +82,14 @@ class TrainLoader:
             raise InputError(
                 f"trainer.accumulate_grad_batches: {accumulate} is not allowed; it must be >= 1"
             )
+        check_workers(num_workers)
         self.rows, self.collate = rows, collate
         self.num_targets, self.num_tokens = num_targets, num_tokens
         self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.group_by_length, self.current_epoch = group_by_length, current_epoch
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.trainer: L.Trainer | None = None
         self._handed_out = 0
         self._epoch = 0
         self._resume_at: tuple[int, int] | None = None  # (epoch, batches already handed out)
@@ -92,6 +99,27 @@ class TrainLoader:
                 f"{batch_size * world_size} training entries, there are {len(rows)}; give a "
                 "smaller batch_size or set data.drop_last to false"
             )
+
+    def follow(self, trainer: L.Trainer) -> TrainLoader:
+        """Take rank, epoch, accumulation and limits from a trainer, whatever was given before.
+
+        A pass reads them as it begins, which is later than its iterator is made: by then a schedule
+        of accumulation has set the epoch's value, and the trainer has applied its limits.
+        """
+        self.trainer = trainer
+        self.current_epoch = lambda: trainer.current_epoch
+        self.rank, self.world_size = trainer.global_rank, trainer.world_size
+        return self
+
+    def _num_batches(self) -> int:
+        """Micro-batches of a pass that will be asked for; a step's targets end with them."""
+        limit = self.trainer.num_training_batches if self.trainer else len(self)
+        return int(min(limit, len(self)))
+
+    def _order_epoch(self) -> int:
+        """The epoch whose order counts: of a trainer that overfits always the first one."""
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return 0 if overfits else self._epoch
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, also after a resume in its middle."""
@@ -106,7 +134,7 @@ class TrainLoader:
             start = handed_out if epoch == self._epoch else 0
             self._resume_at = None
         self._handed_out = start
-        plan = self.plan(self._epoch)
+        plan = self.plan(self._order_epoch())[: self._num_batches()]
         num_tokens, step_targets = self.count_tokens(plan), self.count_step_targets(plan)
         loader = DataLoader(
             _Rows(self.rows),
@@ -138,7 +166,7 @@ class TrainLoader:
     def count_step_targets(self, plan: list[list[list[int]]]) -> list[int]:
         """Supervised tokens of the optimizer step that each micro-batch belongs to."""
         counts = [_total(self.num_targets, parts) for parts in plan]
-        size = self.accumulate
+        size = self.trainer.accumulate_grad_batches if self.trainer else self.accumulate
         steps = [sum(counts[k : k + size]) for k in range(0, len(counts), size)]
         return [steps[k // size] for k in range(len(counts))]
 
@@ -165,6 +193,14 @@ class TrainLoader:
         self._resume_at = (state["epoch"], state["batches"])
 
 
+def accumulation_plan(trainer: L.Trainer) -> dict[int, int]:
+    """Micro-batches per optimizer step, by the first epoch in which they are so many."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return dict(callback.scheduling)
+    return {0: trainer.accumulate_grad_batches}
+
+
 class EvalLoader:
     """Every row once, in order; every rank gets the same number of batches.
 
@@ -185,6 +221,7 @@ class EvalLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        check_workers(num_workers)
         together = batch_size * world_size
         places = list(range(len(rows)))
         chunks = [places[k : k + together] for k in range(0, len(places), together)]
@@ -202,6 +239,20 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
+
+
+def check_workers(num_workers: int) -> None:
+    """Refuse to start more worker processes than this machine could ever use.
+
+    Raises:
+        InputError: More than `WORKERS_PER_CPU` for each of its processors.
+    """
+    most = WORKERS_PER_CPU * (os.cpu_count() or 1)
+    if num_workers > most:
+        raise InputError(
+            f"data.num_workers: {num_workers} is not allowed; at most {most} here "
+            f"({WORKERS_PER_CPU} a processor)"
+        )
 
 
 def deal(places: list[int], world_size: int) -> list[list[int]]:
