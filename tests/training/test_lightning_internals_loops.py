@@ -61,7 +61,7 @@ def test_stops_now_heeds_the_least_number_of_steps(tmp_path: Path) -> None:
             trainer.should_stop = True
             seen.append(internals.stops_now(trainer))
 
-    trainer = make_trainer(Stop(), max_epochs=1, min_steps=3)
+    trainer = make_trainer(Stop(), max_epochs=1, min_epochs=0, min_steps=3)
     trainer.fit(make_module(), datamodule=make_data(tmp_path))
     assert seen == [False, False, True]
 
