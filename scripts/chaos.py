@@ -3,12 +3,13 @@
     python scripts/chaos.py                                  # 200 and 50 kills, about ten minutes
     python scripts/chaos.py --kills 20 --predict_kills 5     # a look
 
-A tiny GPT is trained through the real command line in eight variants: one process and two (gloo),
-0 and 2 workers, 1 and 4 accumulated batches; with shuffling, dropout, a schedule, and $TMPDIR on
-another file system where there is one. SIGKILL comes at a random moment, or as soon as a checkpoint
-begins to be written; then every checkpoint is read, and the run goes on with `--ckpt_path last`
-until it ends. It must then equal a run that was never disturbed, bit for bit. Prediction is killed
-and restarted likewise, and its file compared.
+A tiny GPT is trained through the real command line: one process and two (gloo), 0 and 2 workers, 1
+and 4 accumulated batches, each under another mix of Lightning's limits (max_epochs, max_steps,
+max_time, limits on an epoch, a validation within it or over two) and checkpoint intervals; with
+shuffling, dropout, a schedule, and $TMPDIR on another file system where there is one. SIGKILL comes
+at a random moment, or as soon as a checkpoint begins to be written; then every checkpoint is read,
+and the run goes on with `--ckpt_path last` until it ends. It must then equal a run that was never
+disturbed, bit for bit. Prediction is killed and restarted likewise, and its file compared.
 
 Each command runs in a process forked from this one, so that a kill costs a run's time and not that
 of importing torch once more; the process, its files and the signal are as real as any other's.
@@ -30,7 +31,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -56,13 +57,35 @@ class Variant(NamedTuple):
     processes: int
     workers: int
     accumulate: int
+    limits: str = "epochs"
 
     @property
     def name(self) -> str:
-        return f"p{self.processes}-w{self.workers}-a{self.accumulate}"
+        return f"p{self.processes}-w{self.workers}-a{self.accumulate}-{self.limits}"
 
 
-VARIANTS = [Variant(p, w, a) for p in (1, 2) for w in (0, 2) for a in (1, 4)]
+# Options of the trainer that decide where epochs, validations and the run end.
+LIMITS: dict[str, dict[str, Any]] = {
+    "epochs": {"max_epochs": 2},
+    "both": {"max_epochs": 2, "max_steps": 12},
+    "far": {"max_epochs": 2, "max_steps": 1000},
+    "steps": {"max_epochs": -1, "max_steps": 12},
+    "time": {"max_epochs": 2, "max_time": "00:01:00:00"},
+    "within": {"max_epochs": 2, "max_steps": 1000, "val_check_interval": 3},
+    "across": {"max_epochs": 2, "val_check_interval": 5, "check_val_every_n_epoch": None},
+    "seldom": {"max_epochs": 2, "max_steps": 1000, "check_val_every_n_epoch": 2},
+    "limited": {"max_epochs": 3, "max_steps": 1000, "limit_train_batches": 5},
+    "unvalidated": {"max_epochs": 2, "max_steps": 12, "limit_val_batches": 0},
+}
+# Every mix of limits in one process; two processes, which take longer, with some.
+VARIANTS = [
+    *(Variant(1, 2 * (n % 2), 1 + 3 * (n // 2 % 2), name) for n, name in enumerate(LIMITS)),
+    *(Variant(1, 0, 3, name) for name in ("epochs", "both", "within", "limited")),
+    Variant(2, 0, 1, "epochs"),
+    Variant(2, 2, 4, "both"),
+    Variant(2, 0, 4, "within"),
+    Variant(2, 2, 1, "far"),
+]
 
 
 def main() -> int:
@@ -246,7 +269,7 @@ def _run_forked(arguments: list[str], rank: int, processes: int, port: int, log:
 
 
 def write_config(folder: Path, name: str, variant: Variant) -> Path:
-    """A run of 16 optimizer steps, or 4 accumulated ones, in two epochs."""
+    """A run of at most 16 micro-batches in two or three epochs."""
     entries = [
         {
             "instruction": f"Say the number {n}" + " again" * (n % 5),
@@ -273,11 +296,11 @@ def write_config(folder: Path, name: str, variant: Variant) -> Path:
         "accelerator": "cpu",
         "devices": variant.processes,
         "strategy": "ddp" if variant.processes > 1 else "auto",
-        "max_epochs": 2,
         "accumulate_grad_batches": variant.accumulate,
         "num_sanity_val_steps": 0,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        **LIMITS[variant.limits],
     }
     config = {
         "model": model,
@@ -322,8 +345,11 @@ def _read_all(run: Path) -> tuple[int, int]:
 
 
 def _equal_runs(run: Path, whole: Path) -> bool:
-    """Bitwise: the newest checkpoints, what was logged, and the samples."""
+    """Bitwise: the newest checkpoints, what was logged, the samples; and the same files."""
     differing = compare_runs(run, whole)
+    left, right = ({path.name for path in folder.glob("*.*")} for folder in (run, whole))
+    own = {name for name in left ^ right if not name.startswith(("events.", "config-resumed"))}
+    differing += sorted(own)
     samples = [(folder / "samples.jsonl").read_text() for folder in (run, whole)]
     differing += ["samples"] if samples[0] != samples[1] else []
     if differing:

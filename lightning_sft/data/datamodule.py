@@ -20,7 +20,7 @@ from lightning_sft.data.batching import BatchMaker, collate_prompts
 from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
 from lightning_sft.data.counting import SplitCounts, check_answers, count_split, describe_training
 from lightning_sft.data.entries import Entry, Splits, local_path
-from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader
+from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader, accumulation_plan
 from lightning_sft.data.order import epoch_order
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.rows import TokenRows, fit_to_length
@@ -95,7 +95,7 @@ class InstructionDataModule(L.LightningDataModule):
             "drop_last": self.config.drop_last,
             "group_by_length": self.config.group_by_length,
             "devices": trainer.world_size if trainer else 1,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches if trainer else 1,
+            "accumulate_grad_batches": _accumulation(trainer) if trainer else 1,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class InstructionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Batches in the seeded order of the trainer's epoch, this rank's share of them."""
         rows, config = self.rows("train"), self.config
-        return TrainLoader(
+        loader = TrainLoader(
             rows,
             self.make_batch,
             num_targets=rows.count_targets(config.max_length, config.mask_prompt),
@@ -197,13 +197,12 @@ class InstructionDataModule(L.LightningDataModule):
             lengths=rows.lengths,
             batch_size=self.batch_size,
             seed=self.seed,
-            current_epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
-            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             drop_last=config.drop_last,
             group_by_length=config.group_by_length,
             num_workers=config.num_workers,
             **self._device_settings(),
         )
+        return loader.follow(self.trainer) if self.trainer else loader
 
     def val_dataloader(self) -> EvalLoader:
         """The validation split in file order, every row once."""
@@ -259,3 +258,9 @@ class InstructionDataModule(L.LightningDataModule):
         """Print, on one of the processes of a run."""
         if lines and (self.trainer is None or self.trainer.is_global_zero):
             print("\n".join(lines))
+
+
+def _accumulation(trainer: L.Trainer) -> int | dict[int, int]:
+    """A number, or the schedule that sets it anew in some epochs."""
+    plan = accumulation_plan(trainer)
+    return plan if len(plan) > 1 else plan[0]

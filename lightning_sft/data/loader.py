@@ -5,16 +5,20 @@ to be stored to go on in the middle of an epoch but how many batches were handed
 
 A batch also says how many tokens it holds on all ranks, and how many supervised tokens its
 whole optimizer step holds, over the accumulation window and all ranks: `module.py` divides by that
-number, so that the step does not depend on how its entries were cut into batches.
+number, so that the step does not depend on how its entries were cut into batches. A trainer that
+the loader follows says at each pass how many micro-batches make a step and an epoch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sft.common.errors import InputError
@@ -85,9 +89,32 @@ class TrainLoader:
         )
         self.accumulate, self.rank, self.current_epoch = accumulate, rank, current_epoch
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.trainer: L.Trainer | None = None
         self._handed_out = 0
         self._epoch = 0
         self._resume_at: tuple[int, int] | None = None  # (epoch, batches already handed out)
+
+    def follow(self, trainer: L.Trainer) -> TrainLoader:
+        """Take rank, epoch, accumulation and limits from a trainer, whatever was given before.
+
+        A pass reads them as it begins, which is later than its iterator is made: by then a schedule
+        of accumulation has set the epoch's value, and the trainer has applied its limits.
+        """
+        self.trainer = trainer
+        self.current_epoch = lambda: trainer.current_epoch
+        self.rank = trainer.global_rank
+        self.order = dataclasses.replace(self.order, world_size=trainer.world_size)
+        return self
+
+    def _num_batches(self) -> int:
+        """Micro-batches of a pass that will be asked for; a step's targets end with them."""
+        limit = self.trainer.num_training_batches if self.trainer else len(self)
+        return int(min(limit, len(self)))
+
+    def _order_epoch(self) -> int:
+        """The epoch whose order counts: of a trainer that overfits always the first one."""
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return 0 if overfits else self._epoch
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, also after a resume in its middle."""
@@ -101,7 +128,7 @@ class TrainLoader:
             start = handed_out if epoch == self._epoch else 0
             self._resume_at = None
         self._handed_out = start
-        plan = self.plan(self._epoch)
+        plan = self.plan(self._order_epoch())[: self._num_batches()]
         num_tokens, step_targets = self.count_tokens(plan), self.count_step_targets(plan)
         loader = DataLoader(
             _Rows(self.rows),
@@ -127,7 +154,8 @@ class TrainLoader:
 
     def count_step_targets(self, plan: list[MicroBatch]) -> list[int]:
         """Supervised tokens of the optimizer step that each micro-batch belongs to."""
-        return sum_steps(sum_batches(self.num_targets, plan), self.accumulate)
+        size = self.trainer.accumulate_grad_batches if self.trainer else self.accumulate
+        return sum_steps(sum_batches(self.num_targets, plan), size)
 
     def state_dict(self) -> dict[str, int]:
         """Where this epoch stands: plain integers."""
@@ -137,6 +165,14 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the batches that a checkpoint's run had taken."""
         self._resume_at = (state["epoch"], state["batches"])
+
+
+def accumulation_plan(trainer: L.Trainer) -> dict[int, int]:
+    """Micro-batches per optimizer step, by the first epoch in which they are so many."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return dict(callback.scheduling)
+    return {0: trainer.accumulate_grad_batches}
 
 
 class EvalLoader:

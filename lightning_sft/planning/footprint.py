@@ -37,7 +37,7 @@ from lightning_sft.models.lora import LoRALinear, add_lora
 from lightning_sft.models.ready import find_device
 from lightning_sft.models.registry import family_of
 from lightning_sft.planning.outlook import BatchShape
-from lightning_sft.training.loss import CHUNK_SIZE
+from lightning_sft.training.loss import count_chunk_positions
 from lightning_sft.training.module import SFTModule
 
 FLOAT32, MASK = 4.0, 1.0  # bytes of a number, and of dropout's mask for one
@@ -81,8 +81,8 @@ def estimate_memory(
     activations = blocks * (per_block + dropout) + stream
     mixed = blocks * (MIXED_SHARE * per_block + dropout) + stream
     head_trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
-    logits = min(CHUNK_SIZE, batch.tokens) * module.config.vocab_size
-    head = FLOAT32 * (logits + head_trained)
+    chunk = min(count_chunk_positions(module.config.vocab_size), batch.tokens)
+    head = FLOAT32 * (chunk * module.config.vocab_size + head_trained)
     weights, gradients = FLOAT32 * total, FLOAT32 * trained
     optimizer = trained * measure_optimizer(module)
     if sharded:

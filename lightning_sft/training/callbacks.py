@@ -26,6 +26,7 @@ from lightning_sft.training.loggers import folder_of
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.plots import plot_loss_curve
 from lightning_sft.training.sharding import gather_model, is_sharded
+from lightning_sft.training.steps import ends_step
 
 
 class SampleResponses(L.Callback):
@@ -134,7 +135,7 @@ class LossCurve(L.Callback):
     ) -> None:
         # The chapter counts steps from 0 and evaluates after the step.
         step = trainer.global_step - 1
-        at_step = SFTModule.ends_step(trainer, batch_idx)
+        at_step = ends_step(trainer, batch_idx)
         if not self.every_n_steps or not at_step or step % self.every_n_steps:
             return
         done = (batch_idx + 1) / trainer.num_training_batches
@@ -217,7 +218,7 @@ class Throughput(L.Callback):
     ) -> None:
         self._seconds += time.perf_counter() - self._begun
         self._tokens += batch["num_tokens"]
-        if SFTModule.ends_step(trainer, batch_idx):
+        if ends_step(trainer, batch_idx):
             rate = self._tokens / max(self._seconds, 1e-9)
             pl_module.log("tokens_per_second", rate, prog_bar=True, batch_size=1)
             self._tokens, self._seconds = 0, 0.0

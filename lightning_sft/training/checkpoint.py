@@ -8,6 +8,7 @@ to keep. `find_checkpoint` turns `last`, `best` or a path into a file that is kn
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import IO, Any, cast
@@ -16,9 +17,10 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_sft.common import files
-from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
 from lightning_sft.models.checkpoint_file import (
     _facts,
     check_whole,
@@ -29,9 +31,11 @@ from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.lora import merged_copy
 from lightning_sft.models.registry import model_name
 from lightning_sft.runs.run_folder import version_numbers
+from lightning_sft.training.lightning_internals import batches_done
 from lightning_sft.training.loggers import folder_of
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.sharding import gather_model, is_sharded
+from lightning_sft.training.steps import can_resume_behind, count_steps, is_time_up
 
 # What a checkpoint says of its step. Lightning logs a step after the checkpoint callbacks, so that
 # a kill in between would lose the step's row if the checkpoint did not have it.
@@ -109,6 +113,7 @@ class Checkpoints(Checkpoint):
         if keep_last < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise InputError("checkpoints: keep_last and every_n_steps must be >= 1")
         self.every_n_steps, self.keep_last, self.keep_best = every_n_steps, keep_last, keep_best
+        self._validated_step = -1  # the step of the newest `val_loss`
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out now, not after an epoch, that the folder cannot take a checkpoint."""
@@ -141,14 +146,16 @@ class Checkpoints(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        # Between optimizer steps there are accumulated gradients, which are not saved. The last
-        # step of an epoch is saved behind its validation: a run that went on from before it would
-        # not validate.
-        at_step = SFTModule.ends_step(trainer, batch_idx)
-        last_of_epoch = batch_idx + 1 == trainer.num_training_batches
-        if not self.every_n_steps or not at_step or last_of_epoch:
-            return
-        if trainer.global_step % self.every_n_steps == 0:
+        self._save_if_due(trainer, can_resume_behind(trainer, batch_idx))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
+            batch_idx = batches_done(trainer) - 1
+            self._save_if_due(trainer, can_resume_behind(trainer, batch_idx, validated=True))
+
+    def _save_if_due(self, trainer: L.Trainer, possible: bool) -> None:
+        if self.every_n_steps and possible and trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -169,8 +176,30 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # An older validation's loss would be another step's.
+        validated = self._validated_step == trainer.global_step
+        names = METRICS if validated else STEP_METRICS
         metrics = trainer.callback_metrics
-        checkpoint["metrics"] = {name: float(metrics[name]) for name in METRICS if name in metrics}
+        checkpoint["metrics"] = {name: float(metrics[name]) for name in names if name in metrics}
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Demand that the run has done its steps.
+
+        Raises:
+            IncompleteError: Some are missing; says how many.
+        """
+        done, wanted = trainer.global_step, count_steps(trainer, trainer.num_training_batches)
+        if wanted is None or done >= wanted:
+            return
+        missing = f"{wanted - done} of {wanted} optimizer steps"
+        if trainer.should_stop and not is_time_up(trainer):
+            rank_zero_info(f"stopped early by a callback, {missing} before the end")
+            return
+        reason = "trainer.max_time is over" if is_time_up(trainer) else "training ended early"
+        raise IncompleteError(
+            f"fit: {reason}: {missing} are missing; go on with --ckpt_path last"
+            + (" and a longer trainer.max_time" if is_time_up(trainer) else "")
+        )
 
     def _prune(self, trainer: L.Trainer, folder: Path) -> None:
         saved = _checkpoints(folder)
@@ -183,8 +212,16 @@ class Checkpoints(Checkpoint):
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """By step; names are padded to six digits, but a long run outgrows them."""
-    return sorted(folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
+    """By step; names are padded to six digits, but a long run outgrows them.
+
+    Only what is named as `Checkpoints` names it: a copy that somebody keeps beside them is theirs.
+    """
+    steps = {
+        path: int(match[1])
+        for path in folder.glob("step-*.ckpt")
+        if (match := re.fullmatch(r"step-(\d{6,})\.ckpt", path.name, re.ASCII))
+    }
+    return sorted(steps, key=lambda path: steps[path])
 
 
 def _best(paths: list[Path]) -> Path | None:
@@ -232,7 +269,19 @@ class FinalWeights(L.Callback):
     Adapters are merged into them.
     """
 
+    def __init__(self) -> None:
+        self._written = False
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that was killed behind its last step has nothing to train, but still to write."""
+        if not self._written:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._written = True
         run = folder_of(trainer)
         assert isinstance(pl_module, SFTModule)
         sharded = is_sharded(trainer)

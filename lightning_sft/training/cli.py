@@ -42,7 +42,7 @@ from lightning_sft.training.checkpoint import (
     FinalWeights,
     find_checkpoint,
 )
-from lightning_sft.training.device_check import DeviceCheck
+from lightning_sft.training.device_check import DeviceCheck, check_devices
 from lightning_sft.training.loggers import EventsLogger, MetricsFile, folder_of, rewind
 from lightning_sft.training.response_writer import ResponseWriter
 from lightning_sft.training.signals import StopOnSignal
@@ -155,6 +155,7 @@ class SFTCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
+        check_devices(trainer.get("devices"), trainer.get("num_nodes"))
         callbacks: list[Any] = []
         if self._get(self.config, "check_device"):
             callbacks.append(DeviceCheck())

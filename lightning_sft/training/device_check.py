@@ -7,6 +7,8 @@ seems to learn. One row of the first batch costs a moment; `--check_device false
 from __future__ import annotations
 
 import copy
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 import torch.nn as nn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_sft.common.errors import ServiceError
+from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.loader import Batch
 from lightning_sft.decoding.generation import evaluating
 from lightning_sft.models.gpt2 import GPTModel
@@ -26,6 +28,26 @@ NUM_TOKENS = 64
 # Of the logits' standard deviation. TensorFloat-32 differs by some thousandths, a wrong kernel by
 # about one.
 TOLERANCE = 0.05
+PROCESSES_PER_CPU = 8  # a device is a process, on CPUs at least
+
+
+def check_devices(devices: object, num_nodes: object = 1) -> None:
+    """Refuse a number of devices that would fill this machine with processes.
+
+    Args:
+        devices, num_nodes: As `trainer.devices` and `trainer.num_nodes` are given: a number, also
+            as text, or anything else, which is left to Lightning.
+
+    Raises:
+        InputError: More than `PROCESSES_PER_CPU` for each processor, and more than there are GPUs;
+            or an absurd number of nodes.
+    """
+    most = max(PROCESSES_PER_CPU * (os.cpu_count() or 1), torch.cuda.device_count())
+    for name, value, limit in (("devices", devices, most), ("num_nodes", num_nodes, 65_536)):
+        if isinstance(value, (int, str)) and re.fullmatch(r"\d+", str(value)):
+            number = int(str(value)[:20])
+            if number > limit:
+                raise InputError(f"trainer.{name}: {number} is not allowed; at most {limit} here")
 
 
 class DeviceCheck(L.Callback):

@@ -50,7 +50,7 @@ def rewind(folder: Path, step: int) -> bool:
         Whether the row of the last step that counts is in `metrics.csv`: a kill between its
         checkpoint and its row leaves it out.
     """
-    has_last_step = True
+    has_last_step = False  # also of a file that is not there yet
     metrics, samples = folder / "metrics.csv", folder / "samples.jsonl"
     if metrics.exists():
         # All rows are numbered from 0, by the step that came before them.

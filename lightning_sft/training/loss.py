@@ -18,9 +18,16 @@ from typing import Any
 
 import torch
 
-# Most positions whose logits are held at once: 512 × 50,257 × 4 bytes are 103 MB. Each chunk reads
-# the head's whole matrix three times, so that a small one costs almost as much as a large one.
+# Most positions whose logits are held at once, and most bytes of them: 512 × 50,257 × 4 are 103 MB,
+# GPT-2's, and a larger vocabulary gets fewer positions. Each chunk reads the head's whole matrix
+# three times, so that a small one costs almost as much as a large one.
 CHUNK_SIZE = 512
+CHUNK_BYTES = 512 * 50_257 * 4
+
+
+def count_chunk_positions(vocab_size: int, itemsize: int = 4) -> int:
+    """Most positions whose logits are held at once, in numbers of `itemsize` bytes."""
+    return max(1, min(CHUNK_SIZE, CHUNK_BYTES // (vocab_size * itemsize)))
 
 
 def sum_cross_entropy(
@@ -46,7 +53,11 @@ def sum_cross_entropy(
     used, places = torch.unique(places, return_inverse=True)  # sorted, so a chunk is a range
     order = torch.argsort(places)
     hidden = hidden.index_select(0, used)
-    factors = [hidden, weight, *(adapter(hidden) if adapter is not None else ())]
+    lefts, rights = [hidden], [weight]  # logits = the sum of all left @ right.T
+    if adapter is not None:  # W + BA, without ever making it: hidden @ W.T + (hidden @ A.T) @ B.T
+        low, lora_b = adapter(hidden)
+        lefts, rights = [hidden, low], [weight, lora_b]
+    factors = [*lefts, *rights]
     with_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
     return _SumCrossEntropy.apply(targets[order], places[order], with_grad, *factors)
 
@@ -54,11 +65,10 @@ def sum_cross_entropy(
 class _SumCrossEntropy(torch.autograd.Function):
     """All gradients are made while a chunk's logits are at hand; backward only scales them.
 
-    The logits are a sum of products `left @ right.T`: hidden states and the head's weight, and
-    likewise a low-rank part.
-
-    For one target the gradient of the logits is `softmax(logits) - one_hot(target)`; targets that
-    share a position add up.
+    Let p be the softmax of a position's logits (V,). The loss of a target t there is -log p[t], and
+    its gradient in the logits is p - one_hot(t): what the model says less what is wanted. Targets
+    that share a position add up. From there the chain rule through `left @ right.T` gives the
+    gradients of hidden states and head.
     """
 
     @staticmethod
@@ -69,45 +79,47 @@ class _SumCrossEntropy(torch.autograd.Function):
         with_grad: bool,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        hidden, weight = factors[:2]
+        """`targets` (K,) and sorted `places` (K,); `factors` are all lefts, then all rights.
+
+        A left is (M, D) or (M, rank), its right (V, D) or (V, rank).
+        """
+        num_products = len(factors) // 2
+        hidden, weight = factors[0], factors[num_products]
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        lefts, rights = factors[::2], [right.to(dtype) for right in factors[1::2]]
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype  # of the products
         exact = torch.promote_types(weight.dtype, torch.float32)  # of softmax and sums
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
-        needed = [with_grad and need for need in ctx.needs_input_grad[3:]]
+        lefts = factors[:num_products]
+        rights = [right.to(dtype) for right in factors[num_products:]]
         make = torch.empty_like if len(hidden) else torch.zeros_like  # nothing: no chunk fills it
         gradients = [
-            make(factor) if need else None for factor, need in zip(factors, needed, strict=True)
+            make(factor) if with_grad and needed else None
+            for factor, needed in zip(factors, ctx.needs_input_grad[3:], strict=True)
         ]
+        grad_lefts, grad_rights = gradients[:num_products], gradients[num_products:]
+
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
         # Chunks of like size, and one buffer for all of them: fresh memory of this size costs as
         # much as the softmax in it.
-        num_chunks = max(1, math.ceil(len(hidden) / CHUNK_SIZE))
-        size = max(1, math.ceil(len(hidden) / num_chunks))
-        buffer = torch.empty(size * len(rights[0]), dtype=exact, device=hidden.device)
+        size = _even_chunk(len(hidden), count_chunk_positions(len(weight), exact.itemsize))
+        buffer = torch.empty(size * len(weight), dtype=exact, device=hidden.device)
         for begin in range(0, len(hidden), size):
             chunks = [left[begin : begin + size].to(dtype) for left in lefts]
-            length = len(chunks[0])  # the last chunk may be shorter
+            length = len(chunks[0])  # C positions; the last chunk may be shorter
             first, last = torch.searchsorted(
                 places, torch.tensor([begin, begin + length], device=places.device)
             ).tolist()
             place, target = places[first:last] - begin, targets[first:last]
             # (V, C), not (C, V): `W x^T` is a third faster on CPUs for a matrix as tall as W.
-            logits = _sum_products(rights, chunks, buffer[: length * len(rights[0])])
-            wanted = logits[target, place]
-            largest = logits.amax(0)
-            exp_sum = logits.sub_(largest).exp_().sum(0)  # in place all the way
-            loss += ((exp_sum.log() + largest)[place] - wanted).sum()
+            logits = _sum_products(rights, chunks, buffer[: length * len(weight)])
+            loss += _turn_into_gradient(logits, target, place, with_grad)
             if not with_grad:
                 continue
-            logits.mul_(torch.bincount(place, minlength=length) / exp_sum)
-            logits.index_put_((target, place), -torch.ones_like(place, dtype=exact), True)
-            grad_logits = logits.to(dtype)
-            for number, (chunk, right) in enumerate(zip(chunks, rights, strict=True)):
-                grad_left, grad_right = gradients[2 * number : 2 * number + 2]
+            grad_logits = logits.to(dtype)  # (V, C)
+            for grad_left, right in zip(grad_lefts, rights, strict=True):
                 if grad_left is not None:
                     grad_left[begin : begin + length] = grad_logits.T @ right
+            for grad_right, chunk in zip(grad_rights, chunks, strict=True):
                 if grad_right is not None:
                     _put_product(grad_right, grad_logits, chunk, add=begin > 0)
         ctx.gradients = gradients
@@ -120,6 +132,33 @@ class _SumCrossEntropy(torch.autograd.Function):
         ctx.gradients = None  # in place below, so a second backward must not find them
         scaled = [None if grad is None else grad.mul_(grad_loss) for grad in gradients]
         return None, None, None, *scaled
+
+
+def _even_chunk(num_positions: int, most: int) -> int:
+    """The size of chunks that are all alike, of at most so many positions."""
+    num_chunks = max(1, math.ceil(num_positions / most))
+    return max(1, math.ceil(num_positions / num_chunks))
+
+
+def _turn_into_gradient(
+    logits: torch.Tensor, target: torch.Tensor, place: torch.Tensor, with_grad: bool
+) -> torch.Tensor:
+    """The loss of a chunk's targets; its gradient takes the logits' place in memory.
+
+    Args:
+        logits: (V, C), overwritten.
+        target, place: (k,) wanted ids, and at which of the C positions.
+    """
+    wanted = logits[target, place]
+    # The largest is taken off first, so that no exp overflows; the softmax stays the same.
+    largest = logits.amax(0)  # (C,)
+    exp_sum = logits.sub_(largest).exp_().sum(0)  # in place all the way
+    loss = ((exp_sum.log() + largest)[place] - wanted).sum()
+    if with_grad:
+        num_targets = torch.bincount(place, minlength=logits.shape[1])  # of each position
+        logits.mul_(num_targets / exp_sum)
+        logits.index_put_((target, place), -torch.ones_like(wanted), accumulate=True)
+    return loss
 
 
 def _sum_products(

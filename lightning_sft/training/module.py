@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,13 +21,14 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.batching import IGNORE_INDEX
-from lightning_sft.data.loader import Batch
+from lightning_sft.data.loader import Batch, TrainLoader, accumulation_plan
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 from lightning_sft.decoding.generation import GenerationConfig, generate
@@ -44,11 +46,20 @@ from lightning_sft.models.lora import (
 )
 from lightning_sft.models.lora_checkpoint import check_adapters, identify_base
 from lightning_sft.models.registry import get_config
+from lightning_sft.training.callback_check import check_callbacks
 from lightning_sft.training.data_check import check_data
+from lightning_sft.training.fused import fuse
 from lightning_sft.training.host_memory import keep_freed_memory
+from lightning_sft.training.lightning_internals import (
+    batches_done,
+    given_train_loader,
+    set_logged_step,
+    settle_place,
+)
 from lightning_sft.training.loss import sum_cross_entropy
 from lightning_sft.training.schedule import WarmupCosine
 from lightning_sft.training.sharding import shard
+from lightning_sft.training.steps import count_steps_ahead, ends_step, is_time_up
 
 
 class SFTModule(L.LightningModule):
@@ -92,21 +103,34 @@ class SFTModule(L.LightningModule):
         seed: int = 123,
     ) -> None:
         super().__init__()
-        self.config: GPTConfig = get_config(architecture)
-        self.weights, self.seed = weights, seed
-        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile
-        if isinstance(lora, Mapping):  # from a checkpoint's hyperparameters
-            lora = LoRAConfig(**lora)
-        if lora is not None:
-            lora.check()
-        self.lora = lora
-        self.strict_loading = lora is None  # `on_load_checkpoint` checks adapters itself
-        self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
-        self.tokenizer: Tokenizer = gpt2_tokenizer()
-        if isinstance(generation, Mapping):  # from a checkpoint's hyperparameters
+        # A checkpoint's hyperparameters are plain mappings.
+        self.lora = LoRAConfig(**lora) if isinstance(lora, Mapping) else lora
+        if isinstance(generation, Mapping):
             generation = GenerationConfig(**generation)
         self.generation = generation or GenerationConfig()
+        self.config: GPTConfig = get_config(architecture)
+        self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
+        self.tokenizer: Tokenizer = gpt2_tokenizer()
+        self.weights, self.seed = weights, seed
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile
+        self._check_settings(max_length)
+        self.save_hyperparameters(self._plain_settings(), logger=False)
+
+        self.model: GPTModel | None = None  # made by `configure_model`
+        # Adapters are of use only beside the weights they were trained with: what identifies those.
+        self.base: dict[str, str] = {}
+        self.strict_loading = self.lora is None  # `on_load_checkpoint` checks adapters itself
+
+        self.tokens_seen = 0  # input tokens on all ranks since the first step
+        self.val_loss = TokenLoss()
+        self.on_answer: Callable[[int, list[int]], None] | None = None  # told of each answer
+        self._step_loss = torch.zeros(())  # of the micro-batches of this step so far
+        self._wants_stop = self._stopped_early = False
+
+    def _check_settings(self, max_length: int | None) -> None:
+        if self.lora is not None:
+            self.lora.check()
         if max_length is not None and max_length > self.config.context_length:
             raise InputError(
                 f"data.max_length: {max_length} is more than the model's context of "
@@ -117,33 +141,26 @@ class SFTModule(L.LightningModule):
                 f"architecture: vocab_size {self.config.vocab_size} is less than the tokenizer's "
                 f"{self.tokenizer.vocab_size}"
             )
+
+    def _plain_settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain values only, so that it loads with weights_only=True."""
         style = dataclasses.asdict(self.style)
-        # Plain values only: a checkpoint is data, and loads with weights_only=True.
-        self.save_hyperparameters(
-            {
-                "architecture": dataclasses.asdict(self.config),
-                # A checkpoint holds them, or else the adapters of these.
-                "weights": locate(weights) if lora else None,
-                "lora": lora.as_dict() if lora else None,
-                "prompt_style": {k: v for k, v in style.items() if k != "header_in_prompt"},
-                "header_in_prompt": self.style.header_in_prompt,
-                "generation": dataclasses.asdict(self.generation),
-                "seed": seed,
-            },
-            logger=False,
-        )
-        self.model: GPTModel | None = None
-        self.base: dict[str, str] = {}  # digest and dtype of the weights under the adapters
-        self.tokens_seen = 0
-        self.val_loss = TokenLoss()
-        self.on_answer: Callable[[int, list[int]], None] | None = None
-        self._step_loss = torch.zeros(())
+        return {
+            "architecture": dataclasses.asdict(self.config),
+            # A checkpoint holds them, or else the adapters of these.
+            "weights": locate(self.weights) if self.lora else None,
+            "lora": self.lora.as_dict() if self.lora else None,
+            "header_in_prompt": style.pop("header_in_prompt"),
+            "prompt_style": style,
+            "generation": dataclasses.asdict(self.generation),
+            "seed": self.seed,
+        }
 
     def configure_model(self) -> None:
         """Make the model and read its weights, once."""
         if self.model is not None:
             return
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes alone: no memory, and no random numbers that go unused
             model = GPTModel(self.config)
         if self.weights is not None:
             load_weights(model, self.weights)
@@ -177,16 +194,20 @@ class SFTModule(L.LightningModule):
             batch: Of `collate` or `pack`.
         """
         supervised = batch["targets"] != IGNORE_INDEX  # (B, T)
+        # `places`: where, among all hidden states laid end to end, each supervised token's
+        # prediction stands. Prompts under `mask_prompt` and padding have none (figure 7.13).
         layout = None
-        if "gather" in batch:
+        if "gather" in batch:  # packed rows share states, so that several targets may share a place
             layout = PackedLayout(batch["positions"], batch["gather"], batch["scatter"])
             places = batch["gather"][supervised]
         else:
             places = supervised.flatten().nonzero().flatten()
-        hidden = self.network.hidden_states(batch["input_ids"], layout=layout)
+        hidden = self.network.hidden_states(
+            batch["input_ids"], layout=layout
+        )  # (B, T, D) or (N, D)
         head = self.network.out_head
         loss = sum_cross_entropy(
-            hidden.flatten(0, -2),
+            hidden.flatten(0, -2),  # (M, D)
             head.weight,
             batch["targets"][supervised],
             places,
@@ -194,13 +215,37 @@ class SFTModule(L.LightningModule):
         )
         return loss, supervised.sum()
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """None of its own; it is asked before any callback is set up, in time to refuse some."""
+        if self.trainer.state.fn == "fit":
+            check_callbacks(self.trainer)
+        return []
+
     def setup(self, stage: str) -> None:
-        """Check that the data fits, also where a plain `Trainer` brings the two together."""
+        """Check that the data fits, also where a plain `Trainer` brings the two together.
+
+        A loader that `fit` was given on its own follows the trainer like a DataModule's.
+        """
         check_data(self, getattr(self.trainer, "datamodule", None), stage)
+        if stage == "fit":
+            loader = given_train_loader(self.trainer)
+            if isinstance(loader, TrainLoader):
+                loader.follow(self.trainer)
 
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    def on_train_start(self) -> None:
+        # In the middle of an epoch Lightning leaves out the hook in which a schedule sets it.
+        plan, epoch = accumulation_plan(self.trainer), self.current_epoch
+        self.trainer.accumulate_grad_batches = plan[max(e for e in plan if e <= epoch)]
+        if self._stopped_early:
+            rank_zero_info(
+                "note: a callback had ended this run, so nothing is trained; to train further, "
+                "start anew with the checkpoint as model.weights"
+            )
+            self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
         self._step_loss = torch.zeros((), device=self.device)
@@ -209,26 +254,54 @@ class SFTModule(L.LightningModule):
         """Dropout is a function of seed, epoch, step and rank: a resumed run repeats it."""
         place = self.current_epoch * 1_000_003 + batch_idx
         torch.manual_seed((self.seed * 1_000_033 + place) * 1_009 + self.global_rank)
-        # The number that Lightning logs a step under. After a resume it is told by rules of thumb,
-        # and can be one too many for the rest of the run.
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        set_logged_step(self.trainer, self.global_step)
+        if "step_targets" not in batch:
+            batch.update(self._count_alone(batch))
+
+    def _count_alone(self, batch: Batch) -> Batch:
+        """What a `TrainLoader` would say of a batch; of torch's own loader, which looks not ahead.
+
+        Raises:
+            InputError: The step has more than this batch.
+        """
+        if self.trainer.accumulate_grad_batches * self.trainer.world_size != 1:
+            raise InputError(
+                "trainer.accumulate_grad_batches and devices: a step over several batches is "
+                "divided by the tokens of all of them, which only the loader of an "
+                "InstructionDataModule knows ahead; give that, or set both to 1"
+            )
+        supervised = (batch["targets"] != IGNORE_INDEX).sum()
+        counts = {"num_tokens": batch["input_ids"].numel(), "step_targets": int(supervised)}
+        return {"index": torch.full((len(batch["targets"]),), -1)} | batch | counts
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        # `calc_loss_batch` and `loss.backward()` of listing 7.7's training loop; Lightning calls
+        # backward, the optimizer and zero_grad around it.
         loss_sum, _ = self.sum_loss(batch)
         self.tokens_seen += batch["num_tokens"]  # of all ranks
         share = loss_sum / batch["step_targets"]
         self._step_loss = self._step_loss + share.detach()
-        if self.ends_step(self.trainer, batch_idx):
+        if ends_step(self.trainer, batch_idx):
             self._log_step(self._step_loss, batch)
             self._step_loss = torch.zeros((), device=self.device)
         # Lightning divides by the micro-batches of a step, and ranks are averaged: undo both.
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
-    @staticmethod
-    def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
-        """Whether the optimizer steps after this micro-batch of the epoch."""
-        last_of_epoch = batch_idx + 1 == trainer.num_training_batches
-        return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or last_of_epoch
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self._stop_between_steps(batch_idx)
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self._stop_between_steps(batches_done(self.trainer) - 1)
+
+    def _stop_between_steps(self, batch_idx: int) -> None:
+        """Let a run that is to stop (`max_time`, a callback) finish its optimizer step first.
+
+        Accumulated gradients are not saved, and would be lost to the run that goes on.
+        """
+        at_step = ends_step(self.trainer, batch_idx)
+        self._wants_stop = self.trainer.should_stop or self._wants_stop
+        self.trainer.should_stop = self._wants_stop and at_step
 
     def _log_step(self, loss: torch.Tensor, batch: Batch) -> None:
         loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
@@ -250,7 +323,11 @@ class SFTModule(L.LightningModule):
         self.val_loss.update(*self.sum_loss(batch))
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        loss = self._log_evaluation("val")
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            scheduler = self.lr_schedulers()
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_loss.update(*self.sum_loss(batch))
@@ -258,13 +335,14 @@ class SFTModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
-    def _log_evaluation(self, name: str) -> None:
+    def _log_evaluation(self, name: str) -> float:
         loss = float(self.val_loss.compute())
         self.val_loss.reset()
         # The metric has summed over ranks already, so every rank logs the same number.
         settings: dict[str, Any] = {"batch_size": 1, "rank_zero_only": False}
         self.log(f"{name}_loss", loss, prog_bar=True, **settings)
         self.log(f"{name}_perplexity", math.exp(min(loss, 700.0)), **settings)
+        return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
         """Answer a batch of prompts: `index` and `responses`, the entries' places and texts."""
@@ -302,32 +380,24 @@ class SFTModule(L.LightningModule):
             lr = float(group.get("initial_lr", group["lr"]))
             if not 0.0 < lr < math.inf:
                 raise InputError(f"model.optimizer: lr {lr} is not allowed; it must be positive")
-        _fuse(optimizer)
+        fuse(optimizer)
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, WarmupCosine):
-            scheduler.total_steps = self._count_steps()
+            total_steps = count_steps_ahead(self.trainer)
+            if total_steps is None:
+                raise InputError(
+                    "model.lr_scheduler: WarmupCosine needs to know where the run ends; set "
+                    "trainer.max_epochs or trainer.max_steps"
+                )
+            scheduler.set_total_steps(total_steps)
         if isinstance(scheduler, ReduceLROnPlateau):
-            plateau: Any = {"scheduler": scheduler, "interval": "epoch", "monitor": "val_loss"}
-            return {"optimizer": optimizer, "lr_scheduler": plateau}
+            # Never by Lightning, which steps it once an epoch, behind the epoch's checkpoint and
+            # not at all where a run goes on from there; `on_validation_epoch_end` does.
+            never: Any = {"scheduler": scheduler, "frequency": sys.maxsize, "monitor": "val_loss"}
+            return {"optimizer": optimizer, "lr_scheduler": never}
         every_step: Any = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": every_step}
-
-    def _count_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        trainer = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
-        # `trainer.estimated_stepping_batches` would set the loaders up early, and with them lose
-        # the place at which a resumed run goes on.
-        datamodule = getattr(trainer, "datamodule", None)
-        if datamodule is None:
-            return int(trainer.estimated_stepping_batches)
-        batches = len(datamodule.train_dataloader())
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = math.ceil(batches / trainer.accumulate_grad_batches)
-        return steps * max(trainer.max_epochs or 1, 1)
 
     def on_predict_start(self) -> None:
         """A merged model answers faster. What is sharded over devices stays as it is."""
@@ -336,6 +406,8 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        stops = self._wants_stop or self.trainer.should_stop
+        checkpoint["stopped_early"] = stops and not is_time_up(self.trainer)
         if self.lora is not None:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: state[name] for name in state if is_adapter(name)}
@@ -343,6 +415,8 @@ class SFTModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        self._stopped_early = checkpoint.get("stopped_early", False)
+        settle_place(checkpoint["loops"])
         if self.lora is not None:
             check_adapters(self.network, checkpoint, self.weights)
         elif any(map(is_adapter, checkpoint.get("state_dict", ()))):  # none: a shard is loaded
@@ -369,15 +443,3 @@ class TokenLoss(Metric):
 
     def compute(self) -> torch.Tensor:
         return self.loss_sum / self.num_targets
-
-
-def _fuse(optimizer: torch.optim.Optimizer) -> None:
-    """Switch to torch's fused kernel where the optimizer has one and nobody chose otherwise.
-
-    On a CPU it makes a step of AdamW about ten times faster, with the same arithmetic.
-    """
-    for group in optimizer.param_groups:
-        undecided = "fused" in group and group["fused"] is None and not group.get("foreach")
-        if undecided and not group.get("capturable") and not group.get("differentiable"):
-            devices = {parameter.device.type for parameter in group["params"]}
-            group["fused"] = devices <= {"cpu", "cuda", "mps"}

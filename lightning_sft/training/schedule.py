@@ -34,6 +34,20 @@ class WarmupCosine(LambdaLR):
         self.warmup, self.final, self.total_steps = warmup, final, total_steps
         super().__init__(optimizer, self._factor)
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """Tell how long the run is, and set the rates that follow from it.
+
+        torch computes the first rate as it makes the schedule, when nobody knows yet.
+        """
+        self.total_steps = total_steps
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        factor = self._factor(self.last_epoch)
+        for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = rate * factor
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def _factor(self, step: int) -> float:
         warmup = self.warmup * self.total_steps if self.warmup < 1 else self.warmup
         if step < warmup:
@@ -42,8 +56,12 @@ class WarmupCosine(LambdaLR):
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; the method that computes the factor is code, not state."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("optimizer", "lr_lambdas")}
+        """Where it stands: plain numbers. Its settings are the configuration's."""
+        settings = ("optimizer", "lr_lambdas", "warmup", "final", "total_steps")
+        return {k: v for k, v in self.__dict__.items() if k not in settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.__dict__.update(state_dict)
+        """Go on from a step, along the curve of this run's own length and settings."""
+        settings = ("warmup", "final", "total_steps")  # in checkpoints of older versions
+        self.__dict__.update({k: v for k, v in state_dict.items() if k not in settings})
+        self._set_rates()

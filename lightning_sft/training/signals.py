@@ -20,7 +20,8 @@ import lightning as L
 
 from lightning_sft.common.errors import LightningSFTError
 from lightning_sft.training.checkpoint import Checkpoints
-from lightning_sft.training.module import SFTModule
+from lightning_sft.training.lightning_internals import batches_done
+from lightning_sft.training.steps import can_resume_behind
 
 
 class StoppedError(LightningSFTError):
@@ -58,10 +59,13 @@ class StopOnSignal(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not SFTModule.ends_step(trainer, batch_idx):
+        if can_resume_behind(trainer, batch_idx):  # else behind a validation or the epoch's end
+            self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        last_of_epoch = batch_idx + 1 == trainer.num_training_batches
-        if not last_of_epoch:  # the epoch's own end saves, behind its validation
+        if can_resume_behind(trainer, batches_done(trainer) - 1, validated=True):
             self._stop_if_asked(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -200,9 +200,18 @@ class Recorder(TorchDispatchMode):
         return out
 
 
+def test_a_larger_vocabulary_gets_fewer_positions():
+    assert loss_module.count_chunk_positions(50_257) == 512
+    assert loss_module.count_chunk_positions(61) == 512
+    assert loss_module.count_chunk_positions(150_000) == 171
+    assert loss_module.CHUNK_BYTES >= 171 * 150_000 * 4
+    assert loss_module.count_chunk_positions(10**9) == 1
+
+
+@pytest.mark.parametrize("limit", [("CHUNK_SIZE", 16), ("CHUNK_BYTES", 16 * 997 * 4)])
 @pytest.mark.parametrize("with_grad", [True, False])
-def test_no_more_than_a_chunk_of_logits(monkeypatch, with_grad):
-    monkeypatch.setattr(loss_module, "CHUNK_SIZE", 16)
+def test_no_more_than_a_chunk_of_logits(monkeypatch, with_grad, limit):
+    monkeypatch.setattr(loss_module, *limit)
     num_states, vocab_size = 160, 997
     inputs = make_inputs(80, torch.float32, num_states, vocab_size)
     with torch.set_grad_enabled(with_grad):
