@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_sft.models.cache import KVCache
     from lightning_sft.models.gpt2 import GPTConfig, GPTModel
     from lightning_sft.models.loading import load_pretrained
+    from lightning_sft.training.loggers import RunFolder
     from lightning_sft.training.module import SFTModule
     from lightning_sft.training.schedule import WarmupCosine
 
@@ -28,6 +29,7 @@ __all__ = [
     "GPTModel",
     "InstructionDataModule",
     "KVCache",
+    "RunFolder",
     "SFTModule",
     "ShardedStrategy",
     "WarmupCosine",
@@ -43,6 +45,7 @@ _OWNERS = {
     "GPTModel": "models.gpt2",
     "InstructionDataModule": "data.datamodule",
     "KVCache": "models.cache",
+    "RunFolder": "training.loggers",
     "SFTModule": "training.module",
     "ShardedStrategy": "training.sharding",
     "WarmupCosine": "training.schedule",

@@ -13,14 +13,10 @@ import os
 import typing
 from typing import Any, NamedTuple
 
-from lightning_sft.common.arguments import (
-    explain,
-    nearest,
-    option_names,
-    resolve_configs,
-)
+from lightning_sft.common.arguments import PROGRAM, nearest, resolve_configs
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import shipped_folder
+from lightning_sft.common.parser_messages import explain, option_names
 
 
 class Command(NamedTuple):
@@ -105,7 +101,7 @@ def _run_function(name: str, function: Any, arguments: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
-        prog=f"lightning_sft {name}", exit_on_error=False, description=COMMANDS[name].summary
+        prog=f"{PROGRAM} {name}", exit_on_error=False, description=COMMANDS[name].summary
     )
     parser.add_argument("--config", action="config", help="YAML file with these options")
     # As in Python: what may be given by place becomes a positional, keyword-only an option.
@@ -151,7 +147,7 @@ def _write_out_flags(function: Any, arguments: list[str]) -> list[str]:
 
 def _help_page() -> str:
     lines = [
-        "usage: python -m lightning_sft COMMAND [--config FILE.yaml ...] [OPTIONS]",
+        f"usage: {PROGRAM} COMMAND [--config FILE.yaml ...] [OPTIONS]",
         "",
         "Instruction fine-tuning of a from-scratch GPT-2 in PyTorch Lightning.",
         "",

@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lightning_sft.common.arguments import explain, option_names
-from lightning_sft.common.config_files import drop_options, read_layers
+from lightning_sft.common.arguments import PROGRAM, drop_options, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError
+from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.config import DataConfig
 from lightning_sft.data.entries import Splits
 from lightning_sft.data.faults import (
@@ -115,7 +115,7 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Schedule, Any]:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
-        prog="lightning_sft inspect", exit_on_error=False, description=SUMMARY, default_env=False
+        prog=f"{PROGRAM} inspect", exit_on_error=False, description=SUMMARY, default_env=False
     )
     parser.add_argument("-c", "--config", help="YAML file; several compose, as for fit")
     parser.add_argument("--entries", help="show these entries, e.g. 0,5, instead of the counts")

@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from lightning_sft.common.config_files import merge, read_layers
+from lightning_sft.common.arguments import find_option, read_layers
+from lightning_sft.common.config_files import merge
 from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
 from lightning_sft.models.checkpoint_file import read_checkpoint
 
@@ -215,16 +216,10 @@ def _read_column(run: Path, column: str) -> list[str]:
 def _read_config(arguments: list[str]) -> dict[str, Any]:
     """The few settings that are needed here: of files, then of options in their two spellings."""
     config, rest = read_layers(arguments)
-    for place, argument in enumerate(rest):
-        for name in ("run.dir", "trainer.accumulate_grad_batches"):
-            value = None
-            if argument.startswith(f"--{name}="):
-                value = argument.partition("=")[2]
-            elif argument == f"--{name}" and place + 1 < len(rest):
-                value = rest[place + 1]
-            if value is not None:
-                section, key = name.split(".")
-                config = merge([config, {section: {key: value}}])
+    for name in ("run.dir", "trainer.accumulate_grad_batches"):
+        if (value := find_option(rest, f"--{name}")) is not None:
+            section, key = name.split(".")
+            config = merge([config, {section: {key: value}}])
     return config
 
 

@@ -25,11 +25,27 @@ from lightning_sft.common.errors import InputError, ServiceError
 BLOCK = 1024 * 1024  # bytes
 
 
+def expand_user(path: str | Path, what: str) -> Path:
+    """`~` and `~name` written out.
+
+    Args:
+        what: What a complaint calls the path.
+
+    Raises:
+        InputError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{what}: {path}: there is no such user") from None
+
+
 def cache_dir() -> Path:
     """The folder for downloads: $LIGHTNING_SFT_CACHE, or lightning_sft in the user's cache."""
     if own := os.environ.get("LIGHTNING_SFT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_sft"
+        return expand_user(own, "LIGHTNING_SFT_CACHE")
+    cache = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+    return cache / "lightning_sft"
 
 
 def shipped_folder() -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import filelock
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 
 
@@ -61,9 +62,9 @@ def checkpoint_in(path: str | Path, option: str = "ckpt_path") -> Path:
     Raises:
         InputError: A run folder with nothing in it, the folder of several runs, or no such file.
     """
-    path = Path(path).expanduser()
+    path = files.expand_user(path, option)
     if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") and not path.exists():
-        raise InputError(f"{option}: {path}: no such file")
+        raise InputError(f"{option}: {path} is not a file (no such file)")
     if not path.is_dir():
         return path
     if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
