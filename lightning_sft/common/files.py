@@ -54,6 +54,13 @@ def shipped_folder() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def install_command(extra: str) -> str:
+    """What to type for an extra of this package: the project is on no index, so from its folder."""
+    root = Path(__file__).parents[2]
+    here = (root / "pyproject.toml").is_file()
+    return f"pip install -e '{root}[{extra}]'" if here else f"pip install 'lightning-sft[{extra}]'"
+
+
 def sha256_of(path: str | Path) -> str:
     """The file's sha256 as 64 hexadecimal digits."""
     digest = hashlib.sha256()

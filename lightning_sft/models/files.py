@@ -23,6 +23,7 @@ from typing import Literal
 import safetensors
 import torch
 
+from lightning_sft.common import files
 from lightning_sft.common.downloads import download
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.common.files import cache_dir, sha256_of
@@ -212,7 +213,7 @@ def _read_openai(folder: Path) -> dict[str, torch.Tensor]:
     except ImportError:
         raise InputError(
             f"{folder}: OpenAI's checkpoint is read with tensorflow: "
-            'pip install "lightning-sft[openai]"'
+            f"{files.install_command('openai')}"
         ) from None
     endings = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
     tensors = {}

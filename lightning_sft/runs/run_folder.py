@@ -132,7 +132,9 @@ class RunClaim:
     def __enter__(self) -> RunClaim:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
+        if isinstance(error, Exception) and self.begun:
+            error.run_folder = self.folder  # type: ignore[attr-defined] # where a report of it goes
         if self._lock is not None:
             self._lock.release()
         if self.folder is not None and self._made and not self.begun:
