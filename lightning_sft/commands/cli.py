@@ -13,6 +13,7 @@ import os
 import typing
 from typing import Any, NamedTuple
 
+from lightning_sft.commands.fit_options import check_options, option_page
 from lightning_sft.common.arguments import PROGRAM, nearest, resolve_configs
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import shipped_folder
@@ -62,6 +63,9 @@ COMMANDS = {
     "download": Command("models.files", "download_command", "fetch GPT-2's weights for later"),
 }
 
+# Take all options of `fit` besides their own.
+FIT_LIKE = ("plan", "verify-resume")
+
 
 def run_command(argv: list[str]) -> int:
     """Run `argv` (without the program's name) and return the exit code.
@@ -78,6 +82,12 @@ def run_command(argv: list[str]) -> int:
         print(f"lightning_sft {__version__}")
         return 0
     name, arguments = argv[0], resolve_configs(argv[1:])
+    if name in TRAINING or name in FIT_LIKE:
+        if {"-h", "--help"} & set(arguments):
+            print(option_page(name, TRAINING.get(name) or COMMANDS[name].summary))
+            return 0
+        check_options(name, arguments)
+        arguments = ["--help" if argument == "--help=all" else argument for argument in arguments]
     if name in TRAINING:
         from lightning_sft.commands.training import run_training
 

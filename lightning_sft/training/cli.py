@@ -163,7 +163,7 @@ class SFTCLI(OpenCLI):
             raise InputError(f"{sys.argv[1]}: {explain(str(error), allowed)}") from None
         config = self.config.get(self.config.get("subcommand"), self.config)
         check_numbers(config.trainer.as_dict(), "trainer")
-        for section in ("data", "generation", "samples", "loss_curve", "checkpoints"):
+        for section in ("model", "data", "generation", "samples", "loss_curve", "checkpoints"):
             check_numbers(config[section].as_dict(), section)
 
     def set_seed(self) -> None:
@@ -311,9 +311,11 @@ def check_numbers(settings: Any, name: str) -> None:
     elif isinstance(settings, list | tuple):
         for value in settings:
             check_numbers(value, name)
+    elif isinstance(settings, str) and re.fullmatch("-?[0-9]+", settings):  # `devices` may be text
+        check_numbers(int(settings[:400]), name)
     elif isinstance(settings, int | float) and not isinstance(settings, bool):
         if isinstance(settings, int) and abs(settings) > MOST:
-            raise InputError(f"{name}: {settings:.4g} is not allowed; at most {MOST:,}")
+            raise InputError(f"{name}: a number over {MOST:,} is not allowed")
         if name in AT_LEAST_1 and settings < 1:
             raise InputError(f"{name}: {settings} is not allowed; it must be >= 1")
         if name == "trainer.val_check_interval" and settings == 0:
