@@ -31,7 +31,7 @@ TAKERS = {
         ("lightning_sft", "data/datamodule.py", "InstructionDataModule"),
         ("lightning_sft", "data/config.py", "DataConfig"),
     ],
-    "generation": [("lightning_sft", "decoding/generation.py", "GenerationConfig")],
+    "generation": [("lightning_sft", "decoding/settings.py", "GenerationConfig")],
     "loss_curve": [("lightning_sft", "training/callbacks.py", "LossCurve")],
     "model": [("lightning_sft", "training/module.py", "SFTModule")],
     "run": [("lightning_sft", "training/cli.py", "RunConfig")],
