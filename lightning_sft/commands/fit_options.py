@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning_sft.common import files
 from lightning_sft.common.arguments import CONFIG, PROGRAM, nearest, option_values
 from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError
@@ -186,7 +187,7 @@ def _parameters(
     path = Path(places[0]) / file if places else Path()
     if not path.is_file():
         return {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(files.read_text(path))):
         if isinstance(node, ast.ClassDef) and node.name == owner:
             for part in node.body:
                 if isinstance(part, ast.FunctionDef) and part.name == method:

@@ -93,7 +93,10 @@ def allow_imports(arguments: list[str]) -> list[str]:
         os.environ[ALLOW_IMPORT_VARIABLE] = ",".join(extra)
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; an installed script does not
-    restrict_imports([*ALLOWED_CLASSES, *extra])
+    try:
+        restrict_imports([*ALLOWED_CLASSES, *extra])
+    except ValueError as error:
+        raise InputError(f"allow_import: {error}") from None
     return without_option(arguments, "--allow_import")
 
 

@@ -70,16 +70,24 @@ def command_line(arguments: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
+_allowed_once: set[str] = set()
+
+
 def restrict_imports(allowed: Sequence[str]) -> None:
     """Let a `class_path` name nothing but these modules and what is in them.
 
-    A config is something that people download; importing a module already runs it.
+    A config is something that people download; importing a module already runs it. jsonargparse
+    adds to what was allowed before, so that is taken back by name.
+
+    Raises:
+        ValueError: A module may never be allowed, such as jsonargparse's own.
     """
     jsonargparse.set_parsing_settings(
         config_read_mode_fsspec_enabled=False,
-        import_path_denylist=["*"],
+        import_path_denylist=["*", *sorted(_allowed_once.difference(allowed))],
         import_path_allowlist=list(allowed),
     )
+    _allowed_once.update(allowed)
 
 
 # What Lightning and torch say that a user of this tool can do nothing about.

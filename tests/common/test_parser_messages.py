@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import jsonargparse._common as common
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -27,7 +27,10 @@ class Shape:
 
 
 @pytest.fixture
-def parser() -> ArgumentParser:
+def parser(monkeypatch: pytest.MonkeyPatch) -> ArgumentParser:
+    # The settings are the process's: begin without those of tests before.
+    monkeypatch.setitem(common.parsing_settings, "import_path_verdicts", {})
+    monkeypatch.setitem(common.parsing_settings, "import_paths_enforced", False)
     made = ArgumentParser(exit_on_error=False, prog="tool")
     made.add_class_arguments(Size, "size")
     made.add_argument("--maybe", type=Size | None)
@@ -64,15 +67,8 @@ def test_a_wrong_value_names_its_option(parser: ArgumentParser) -> None:
 
 
 def test_a_refused_class_is_told_how_to_be_allowed(parser: ArgumentParser) -> None:
-    import jsonargparse._common as settings
-
-    before: Any = dict(settings.parsing_settings)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["lightning_sft"])
-    try:
-        told = complaint(parser, "--shape=my_package.shapes.Round")
-    finally:
-        settings.parsing_settings.clear()
-        settings.parsing_settings.update(before)
+    told = complaint(parser, "--shape=my_package.shapes.Round")
     assert told.endswith(
         "my_package.shapes.Round is not among the classes that a config may name; if you trust it: "
         "--allow_import my_package"

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import jsonargparse._common as common
 import lightning.pytorch
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_the_command_line_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with command_line(["fit", "--a=1"]):
         assert sys.argv == ["program", "fit", "--a=1"]
     assert sys.argv == ["program", "before"]
+
+
+def test_what_was_allowed_once_is_not_allowed_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = dict(common.parsing_settings["import_path_verdicts"])
+    monkeypatch.setitem(common.parsing_settings, "import_path_verdicts", verdicts)
+    monkeypatch.setattr(internals, "_allowed_once", set())
+    internals.restrict_imports(["lightning_sft", "theirs.callbacks"])
+    common.check_import_path("theirs.callbacks.One")
+    internals.restrict_imports(["lightning_sft"])
+    common.check_import_path("lightning_sft.SFTModule")
+    for path in ("theirs.callbacks.One", "os.system", "theirs.other"):
+        with pytest.raises(Exception, match="is not allowed"):
+            common.check_import_path(path)
 
 
 def test_what_is_silenced_is_still_said_in_these_words() -> None:
