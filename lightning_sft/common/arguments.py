@@ -99,7 +99,7 @@ def _take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], li
     """An option's values, in its two forms `--name value` and `--name=value`, and what is left.
 
     Raises:
-        InputError: It stands at the end, without a value.
+        InputError: It stands at the end, without its value.
     """
     values, rest, left = [], [], iter(arguments)
     for argument in left:
@@ -111,7 +111,7 @@ def _take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], li
         elif (following := next(left, None)) is not None:
             values.append(following)
         else:
-            raise InputError(f"{name}: its value is missing")
+            raise InputError(f"{name}: expected one argument")
     return values, rest
 
 
