@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_sft.models.loading import load_pretrained
     from lightning_sft.training.callbacks import LossCurve, SampleResponses
     from lightning_sft.training.checkpoint import FinalWeights
+    from lightning_sft.training.loggers import RunFolder
     from lightning_sft.training.module import SFTModule
     from lightning_sft.training.schedule import WarmupCosine
 
@@ -36,6 +37,7 @@ __all__ = [
     "InstructionDataModule",
     "KVCache",
     "LossCurve",
+    "RunFolder",
     "SFTModule",
     "SampleResponses",
     "ShardedStrategy",
@@ -60,6 +62,7 @@ _OWNERS = {
     "GPTModel": "models.gpt2",
     "InstructionDataModule": "data.datamodule",
     "KVCache": "models.cache",
+    "RunFolder": "training.loggers",
     "SFTModule": "training.module",
     "ShardedStrategy": "training.sharding",
     "WarmupCosine": "training.schedule",

@@ -13,14 +13,11 @@ import os
 import typing
 from typing import Any, NamedTuple
 
-from lightning_sft.common.arguments import (
-    explain,
-    nearest,
-    option_names,
-    resolve_configs,
-)
+from lightning_sft.commands.fit_options import check_options, option_page
+from lightning_sft.common.arguments import PROGRAM, nearest, resolve_configs
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import shipped_folder
+from lightning_sft.common.parser_messages import explain, option_names
 
 
 class Command(NamedTuple):
@@ -70,6 +67,9 @@ COMMANDS = {
     "download": Command("models.files", "download_command", "fetch GPT-2's weights for later"),
 }
 
+# Take all options of `fit` besides their own.
+FIT_LIKE = ("plan", "verify-resume")
+
 
 def run_command(argv: list[str]) -> int:
     """Run `argv` (without the program's name) and return the exit code.
@@ -86,6 +86,12 @@ def run_command(argv: list[str]) -> int:
         print(f"lightning_sft {__version__}")
         return 0
     name, arguments = argv[0], resolve_configs(argv[1:])
+    if name in TRAINING or name in FIT_LIKE:
+        if {"-h", "--help"} & set(arguments):
+            print(option_page(name, TRAINING.get(name) or COMMANDS[name].summary))
+            return 0
+        check_options(name, arguments)
+        arguments = ["--help" if argument == "--help=all" else argument for argument in arguments]
     if name in TRAINING:
         from lightning_sft.commands.training import run_training
 
@@ -109,7 +115,7 @@ def _run_function(name: str, function: Any, arguments: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
-        prog=f"lightning_sft {name}", exit_on_error=False, description=COMMANDS[name].summary
+        prog=f"{PROGRAM} {name}", exit_on_error=False, description=COMMANDS[name].summary
     )
     parser.add_argument("--config", action="config", help="YAML file with these options")
     # As in Python: what may be given by place becomes a positional, keyword-only an option.
@@ -155,7 +161,7 @@ def _write_out_flags(function: Any, arguments: list[str]) -> list[str]:
 
 def _help_page() -> str:
     lines = [
-        "usage: python -m lightning_sft COMMAND [--config FILE.yaml ...] [OPTIONS]",
+        f"usage: {PROGRAM} COMMAND [--config FILE.yaml ...] [OPTIONS]",
         "",
         "Instruction fine-tuning of a from-scratch GPT-2 in PyTorch Lightning.",
         "",

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_sft.commands.inspect_entries import parse_places, show_entries
-from lightning_sft.common.arguments import explain, option_names
-from lightning_sft.common.config_files import drop_options, read_layers
+from lightning_sft.common.arguments import PROGRAM, drop_options, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError
+from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.config import DataConfig, describe_skipped
 from lightning_sft.data.counting import (
     SplitCounts,
@@ -114,7 +114,7 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Any]:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
-        prog="lightning_sft inspect", exit_on_error=False, description=SUMMARY, default_env=False
+        prog=f"{PROGRAM} inspect", exit_on_error=False, description=SUMMARY, default_env=False
     )
     parser.add_argument("-c", "--config", help="YAML file; several compose, as for fit")
     parser.add_argument("--entries", help="show these entries, e.g. 0,5, instead of the counts")
@@ -154,7 +154,7 @@ def count_devices(devices: list[int] | str | int) -> int:
         return max(len(devices), 1)
     if isinstance(devices, str) and "," in devices:  # their numbers, as in 0,2
         return len([number for number in devices.split(",") if number.strip()])
-    return max(int(devices), 1) if str(devices).isdigit() else 1
+    return max(int(devices), 1) if str(devices).isdecimal() else 1
 
 
 def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Splits) -> None:

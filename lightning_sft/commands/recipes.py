@@ -14,7 +14,6 @@ This module does not import torch; `recipes loss`, one of those processes, does.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -29,8 +28,16 @@ from typing import Any, NamedTuple
 
 from lightning_sft.commands.recipes_page import LOSS_NAME, SESSIONS_NAME, summarize_recipes
 from lightning_sft.common import files
-from lightning_sft.common.arguments import find_shipped
-from lightning_sft.common.config_files import read_config, read_layers
+from lightning_sft.common.arguments import (
+    CONFIG,
+    PROGRAM,
+    find_option,
+    find_shipped,
+    option_values,
+    read_layers,
+    without_option,
+)
+from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.runs.responses import RESPONSES_NAME
 from lightning_sft.runs.run_folder import newest_run
@@ -42,7 +49,7 @@ KNOWN = {
     "alpaca-52k": "exercise 7.3, 52,002 entries",
     "lora": "exercise 7.4, adapters beside frozen weights",
 }
-USAGE = f"""usage: python -m lightning_sft recipes run RECIPE ... --config FILE.yaml [OPTIONS]
+USAGE = f"""usage: {PROGRAM} recipes run RECIPE ... --config FILE.yaml [OPTIONS]
 
 recipes, joined by '+' for several at once:
 {chr(10).join(f"  {name:<12} {summary}" for name, summary in KNOWN.items())}
@@ -59,7 +66,7 @@ class Study(NamedTuple):
     recipes: dict[str, list[Path]]  # name → overlays
 
 
-class StoppedError(Exception):
+class ChildEndedError(Exception):
     """A process ended with that exit code, or a signal asked for the end."""
 
     def __init__(self, code: int) -> None:
@@ -95,7 +102,7 @@ def recipes(arguments: list[str]) -> int:
         for number, name in enumerate(names, start=1):
             try:
                 run_recipe(study, name, children)
-            except StoppedError as stopped:
+            except ChildEndedError as stopped:
                 print(
                     f"{name} ({number} of {len(names)}) was not finished; the same command goes on"
                 )
@@ -118,11 +125,11 @@ def read_study(arguments: list[str]) -> Study:
         raise InputError(f"recipes: none named; allowed: {', '.join(KNOWN)}, joined by '+'")
     overlays = {name: _find_overlays(name) for name in names}
     config, options = read_layers(rest)
-    configs = _config_paths(rest)
+    configs = [Path(path) for path in option_values(rest, *CONFIG)]
     if not configs:
         raise InputError("recipes: --config is missing; name the configuration to start from")
-    folder, options = _take(options, "--run.dir")
-    name, options = _take(options, "--run.name")
+    folder, name = find_option(options, "--run.dir"), find_option(options, "--run.name")
+    options = without_option(options, "--run.dir", "--run.name")
     named = config.get("run", {})
     parent = Path(folder or named.get("dir") or "runs") / "recipes"
     study_name = name or named.get("name") or configs[0].stem
@@ -133,7 +140,7 @@ def run_recipe(study: Study, name: str, children: Children) -> None:
     """Whatever is still missing of one recipe: training, answers, loss, report.
 
     Raises:
-        StoppedError: One of the processes did not reach its end.
+        ChildEndedError: One of the processes did not reach its end.
     """
     shared = [f"--config={path}" for path in (*study.configs, *study.recipes[name])]
     shared += [*study.options, f"--run.dir={study.folder}", f"--run.name={name}"]
@@ -146,7 +153,7 @@ def run_recipe(study: Study, name: str, children: Children) -> None:
         if run is not None:
             files.append_line(run / SESSIONS_NAME, json.dumps(session))
         if code:
-            raise StoppedError(code)
+            raise ChildEndedError(code)
     assert run is not None
     checked = [*shared, "--ckpt_path=last"]
     whole = ["--data.mask_prompt=true", "--trainer.limit_val_batches=1.0"]
@@ -157,7 +164,7 @@ def run_recipe(study: Study, name: str, children: Children) -> None:
     }
     for result, command in steps.items():
         if not (run / result).exists() and (code := children.run(*command)[0]):
-            raise StoppedError(code)
+            raise ChildEndedError(code)
 
 
 def is_trained(run: Path | None) -> bool:
@@ -184,10 +191,10 @@ class Children:
         """A command of this program to its end: exit code, and what it took.
 
         Raises:
-            StoppedError: A signal came before it began.
+            ChildEndedError: A signal came before it began.
         """
         if self.received:
-            raise StoppedError(128 + self.received)
+            raise ChildEndedError(128 + self.received)
         begun = time.time()
         # A session of its own: Ctrl-C at a terminal would reach it twice, and twice means at once.
         command = [sys.executable, "-m", "lightning_sft", *arguments]
@@ -240,24 +247,6 @@ def _find_overlays(name: str) -> list[Path]:
     for path in found:
         read_config(path)
     return found
-
-
-def _config_paths(arguments: list[str]) -> list[Path]:
-    """The files that `--config` names."""
-    given = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    pairs = itertools.pairwise(arguments)
-    return [Path(p) for p in given + [value for a, value in pairs if a in ("--config", "-c")]]
-
-
-def _take(options: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The last value of an option, in either spelling, and the options without it."""
-    value, rest, left = None, [], iter(options)
-    for option in left:
-        if option == name or option.startswith(f"{name}="):
-            value = option.partition("=")[2] or next(left, None)
-        else:
-            rest.append(option)
-    return value, rest
 
 
 def _claim(study: Study) -> None:

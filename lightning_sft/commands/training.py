@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
-import re
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_sft.common.arguments import explain, find_option, without_option
+from lightning_sft.common.arguments import (
+    CONFIG,
+    PROGRAM,
+    find_option,
+    option_values,
+    without_option,
+)
 from lightning_sft.common.config_files import read_config
-from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
+from lightning_sft.common.parser_messages import explain
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.prompts import style_of_run
 from lightning_sft.data.records import read_records
@@ -30,14 +31,17 @@ from lightning_sft.judging.metrics import exact_match, token_f1
 from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.models.lora import final_architecture
 from lightning_sft.models.lora_checkpoint import saved_config
-from lightning_sft.runs.run_folder import RunClaim, run_of
-from lightning_sft.training.cli import ALLOWED_CLASSES, RUN_FOLDER_VARIABLE, SFTCLI, SaveRunConfig
+from lightning_sft.runs.run_folder import RunClaim, checkpoint_in, run_of
+from lightning_sft.training.cli import RUN_FOLDER_VARIABLE, SFTCLI, SaveRunConfig, allow_imports
+from lightning_sft.training.lightning_internals import (
+    command_line,
+    is_misuse,
+    lost_peer,
+    quieten,
+)
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.response_writer import ResponseWriter
 from lightning_sft.training.signals import die_with_parent
-
-# How gloo and NCCL say that a process they talk to has died.
-LOST_PEER = "Connection (closed|reset) by peer|Connection refused|NCCL error|Broken pipe|timed out"
 
 
 def run_training(subcommand: str, arguments: list[str]) -> int:
@@ -67,31 +71,26 @@ def measure_validation(arguments: list[str]) -> tuple[Path | None, dict[str, Any
         raise InputError("recipes loss: --ckpt_path is missing")
     parameters = list(cli.model.parameters())
     found = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
-    found["step"] = cli._facts["step"] if cli._facts else 0
+    found["step"] = cli.facts["step"] if cli.facts else 0
     found["parameters"] = sum(p.numel() for p in parameters)
     found["trained"] = sum(p.numel() for p in parameters if p.requires_grad)
     return (cli.checkpoint.parent.parent if cli.trainer.is_global_zero else None), found
 
 
 def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
-    _quieten()
-    if RUN_FOLDER_VARIABLE in os.environ:
+    quieten()
+    known = os.environ.get(RUN_FOLDER_VARIABLE)
+    if known is not None:
         die_with_parent()  # a rank that Lightning started
-    jsonargparse.set_parsing_settings(
-        config_read_mode_fsspec_enabled=False,
-        import_path_denylist=["*"],
-        import_path_allowlist=ALLOWED_CLASSES,
-    )
-    name = _first_config_name(arguments)
+    arguments = allow_imports(arguments)
+    paths = option_values(arguments, *CONFIG)
     arguments = use_checkpoint_config(arguments)
-    if name is not None and not any(a.startswith("--run.name") for a in arguments):
-        arguments = [f"--run.name={name}", *arguments]
-    known, own_arguments = os.environ.get(RUN_FOLDER_VARIABLE), sys.argv
-    parsers: dict[str, Any] = {"exit_on_error": False, "default_env": False}
+    if paths and find_option(arguments, "--run.name") is None:
+        arguments = [f"--run.name={Path(paths[0]).stem}", *arguments]
+    settings: dict[str, Any] = {"exit_on_error": False, "default_env": False}
+    settings |= {"allow_abbrev": False, "prog": f"{PROGRAM} {subcommand}"}
     try:
-        # LightningCLI reads them from here, and so do the ranks that Lightning starts.
-        sys.argv = [own_arguments[0], subcommand, *arguments]
-        with RunClaim() as claim:
+        with command_line([subcommand, *arguments]), RunClaim() as claim:
             return SFTCLI(
                 SFTModule,
                 InstructionDataModule,
@@ -99,20 +98,23 @@ def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
                 save_config_callback=SaveRunConfig,
                 seed_everything_default=123,
                 auto_configure_optimizers=False,
-                parser_kwargs={**parsers, subcommand: parsers},
+                parser_kwargs={**settings, subcommand: settings},
             )
-    except MisconfigurationException as error:
+    except LightningSFTError:
+        raise
+    except (MisconfigurationException, ValueError) as error:
+        if not isinstance(error, MisconfigurationException) and not is_misuse(error):
+            raise
         raise InputError(f"{subcommand}: {explain(str(error))}") from None
     except RuntimeError as error:
-        if not torch.distributed.is_initialized() or not re.search(LOST_PEER, str(error)):
+        reason = lost_peer(error)
+        if reason is None:
             raise
-        reason = " ".join(str(error).split())[-150:]
         raise ServiceError(
             f"{subcommand}: another process of this run is gone ({reason}); its own output says "
             "why; go on with --ckpt_path last"
         ) from error
     finally:
-        sys.argv = own_arguments
         if known is None:
             os.environ.pop(RUN_FOLDER_VARIABLE, None)
 
@@ -124,13 +126,15 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
     behind and win. A `.pth` given as checkpoint becomes the model's weights.
     """
     path = find_option(arguments, "--ckpt_path")
-    if path is None or path in ("last", "best") or not Path(path).is_file():
+    if path is None or path in ("last", "best") or "://" in path:
         return arguments
-    checkpoint = Path(path).resolve()
+    checkpoint = checkpoint_in(path).resolve()
+    if not checkpoint.is_file():
+        return arguments
     is_checkpoint = checkpoint.suffix == ".ckpt"
-    if not is_checkpoint:
-        arguments = [*without_option(arguments, "--ckpt_path"), f"--model.weights={checkpoint}"]
-    if find_option(arguments, "--config") is not None or find_option(arguments, "-c") is not None:
+    what = "--ckpt_path" if is_checkpoint else "--model.weights"
+    arguments = [*without_option(arguments, "--ckpt_path"), f"{what}={checkpoint}"]
+    if option_values(arguments, *CONFIG):
         return arguments
     if (run := run_of(checkpoint)) is not None:
         merged = [] if is_checkpoint else _describe_merged(run / "config.yaml")
@@ -163,21 +167,6 @@ def _describe_merged(config: Path) -> list[str]:
         return options
     architecture = json.dumps(dataclasses.asdict(final_architecture(model)))
     return [*options, "--model.lora=null", f"--model.architecture={architecture}"]
-
-
-def _first_config_name(arguments: list[str]) -> str | None:
-    path = find_option(arguments, "--config") or find_option(arguments, "-c")
-    return Path(path).stem if path is not None else None
-
-
-def _quieten() -> None:
-    """Drop what a user of this tool can do nothing about."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    log.addFilter(lambda record: not re.search("Tip:|TPU available", record.getMessage()))
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # TokenLoss has summed up
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 def _print_likeness(trainer: Trainer) -> None:

@@ -11,7 +11,6 @@ deleted at the end.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import os
@@ -27,7 +26,8 @@ from typing import Any
 import torch
 
 from lightning_sft.common import files
-from lightning_sft.common.config_files import merge, read_layers
+from lightning_sft.common.arguments import find_option, read_layers
+from lightning_sft.common.config_files import merge
 from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
 from lightning_sft.models.checkpoint_file import read_checkpoint
 
@@ -62,14 +62,7 @@ def verify_resume(arguments: list[str]) -> int:
         InputError: `fit` refuses the configuration.
         ServiceError: A run failed.
     """
-    parser = argparse.ArgumentParser(
-        prog="lightning_sft verify-resume",
-        description="Show that this configuration, killed and resumed, trains as if undisturbed.",
-        epilog="Takes the options of `fit`. Trains 2 × 8 optimizer steps and writes checkpoints of "
-        "the model's full size into a folder inside run.dir, which is deleted at the end.",
-    )
-    _, arguments = parser.parse_known_args(arguments)
-    if any(argument.partition("=")[0] == "--ckpt_path" for argument in arguments):
+    if find_option(arguments, "--ckpt_path") is not None:
         raise InputError("verify-resume: ckpt_path is not allowed; give a configuration alone")
     config = _read_config(arguments)
     place = Path(config.get("run", {}).get("dir", "runs"))
@@ -87,10 +80,10 @@ def verify_resume(arguments: list[str]) -> int:
 
 def _verify(arguments: list[str], folder: Path, config: dict[str, Any]) -> None:
     begun = time.monotonic()
-    whole = _Run("undisturbed", arguments, folder, config)
+    whole = TrainingRun("undisturbed", arguments, folder, config)
     whole.finish()
     print(f"undisturbed: {STEPS} steps, {time.monotonic() - begun:.0f} s", flush=True)
-    disturbed = _Run("disturbed", arguments, folder, config)
+    disturbed = TrainingRun("disturbed", arguments, folder, config)
     for steps in KILLS:
         disturbed.kill_after(steps)
         print(f"killed after step {steps}; going on from {disturbed.newest()}", flush=True)
@@ -107,7 +100,7 @@ def _verify(arguments: list[str], folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-class _Run:
+class TrainingRun:
     """One of the two runs, in a process group of its own."""
 
     def __init__(
@@ -216,16 +209,10 @@ def _read_column(run: Path, column: str) -> list[str]:
 def _read_config(arguments: list[str]) -> dict[str, Any]:
     """The few settings that are needed here: of files, then of options in their two spellings."""
     config, rest = read_layers(arguments)
-    for place, argument in enumerate(rest):
-        for name in ("run.dir", "trainer.accumulate_grad_batches"):
-            value = None
-            if argument.startswith(f"--{name}="):
-                value = argument.partition("=")[2]
-            elif argument == f"--{name}" and place + 1 < len(rest):
-                value = rest[place + 1]
-            if value is not None:
-                section, key = name.split(".")
-                config = merge([config, {section: {key: value}}])
+    for name in ("run.dir", "trainer.accumulate_grad_batches"):
+        if (value := find_option(rest, f"--{name}")) is not None:
+            section, key = name.split(".")
+            config = merge([config, {section: {key: value}}])
     return config
 
 

@@ -1,4 +1,5 @@
-"""Command lines before they are parsed: config names, option names, and what was probably meant.
+"""Command lines before they are parsed: options taken out, configs found and merged, and what a
+misspelt name was probably meant to be.
 
 This module does not import torch.
 """
@@ -6,27 +7,38 @@ This module does not import torch.
 from __future__ import annotations
 
 import difflib
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.common.config_files import read_config
+from lightning_sft.common.config_files import SECTIONS, merge, read_config
 from lightning_sft.common.errors import InputError
-from lightning_sft.common.files import shipped_folder
+from lightning_sft.common.files import expand_user, shipped_folder
+
+PROGRAM = "python -m lightning_sft"  # what help pages and printed commands call this program
+CONFIG = ("--config", "-c")
 
 
 def resolve_configs(arguments: list[str]) -> list[str]:
     """Turn bare config names into paths: the working directory first, then the shipped configs.
 
+    Names before the first option are configs too: `fit quickstart.yaml --trainer.max_steps 5`.
+
     Raises:
         InputError: A config is a URL, or is in neither place.
     """
-    resolved = list(arguments)
-    for place, argument in enumerate(resolved):
-        if argument in ("--config", "-c") and place + 1 < len(resolved):
-            resolved[place + 1] = str(_find_config(resolved[place + 1]))
-        elif argument.startswith("--config="):
-            resolved[place] = f"--config={_find_config(argument.removeprefix('--config='))}"
+    resolved, expected, named = [], False, True
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        named = named and not argument.startswith("-")
+        if expected or (named and argument.endswith((".yaml", ".yml"))):
+            path = str(_find_config(argument))
+            resolved.append(path if expected else f"{CONFIG[0]}={path}")
+        elif option in CONFIG and equals:
+            resolved.append(f"{option}={_find_config(value)}")
+        else:
+            resolved.append(argument)
+        expected = argument in CONFIG
     return resolved
 
 
@@ -44,7 +56,7 @@ def find_shipped(name: str, what: str) -> Path:
     """
     if "://" in name:
         raise InputError(f"{what}: {name} is a URL; download it, read it, and give its path")
-    local, shipped = Path(name).expanduser(), shipped_folder() / name
+    local, shipped = expand_user(name, what), shipped_folder() / name
     if local.is_file():
         return local
     if Path(name).name == name and shipped.is_file():
@@ -55,30 +67,6 @@ def find_shipped(name: str, what: str) -> Path:
     )
 
 
-def explain(message: str, allowed: list[str] | None = None) -> str:
-    """A parser's message as one line, with the nearest allowed name where one is unknown."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split()).removeprefix("error: ")
-    # Of a group that may be null, the parser also says why it is not null.
-    text = re.sub(
-        r"Does not validate against any of the Union subtypes.*Problem with given class_path "
-        r"'[\w.]+': (.+?) - Expected a <class 'NoneType'>.*",
-        r"\1",
-        text,
-    )
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey '?\"?([\w.]+)", text)
-    unknown = unknown or re.search(r"()option '([\w.]+)'", text)
-    if allowed and unknown:
-        name = unknown.group(1) or unknown.group(2)
-        text += nearest(name, allowed) if name not in allowed else ""
-    return text
-
-
-def option_names(parser: Any) -> list[str]:
-    """All option names of a parser, without dashes, as they stand in a config."""
-    options = [option for action in parser._actions for option in action.option_strings]
-    return [option.removeprefix("--") for option in options if option.startswith("--")]
-
-
 def nearest(name: str, allowed: list[str]) -> str:
     best = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     if not best:  # the right last part under the wrong group
@@ -87,19 +75,81 @@ def nearest(name: str, allowed: list[str]) -> str:
     return f" (did you mean {best[0]!r}?)" if best else ""
 
 
-def find_option(arguments: list[str], name: str) -> str | None:
-    """The first value given for an option, in either of its two spellings."""
-    for place, argument in enumerate(arguments):
-        if argument == name and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{name}="):
-            return argument.removeprefix(f"{name}=")
-    return None
+def option_values(arguments: Sequence[str], *names: str) -> list[str]:
+    """All values given for an option, in order; `names` are its spellings.
+
+    >>> option_values(["--config", "a.yaml", "-c=b.yaml"], "--config", "-c")
+    ['a.yaml', 'b.yaml']
+    """
+    return _take(arguments, names)[0]
 
 
-def without_option(arguments: list[str], name: str) -> list[str]:
-    kept = [argument for argument in arguments if not argument.startswith(f"{name}=")]
-    if name in kept:
-        place = kept.index(name)
-        kept[place : place + 2] = []
+def find_option(arguments: Sequence[str], *names: str) -> str | None:
+    """The last value given for an option, which is the one that counts; None without any."""
+    values = option_values(arguments, *names)
+    return values[-1] if values else None
+
+
+def without_option(arguments: Sequence[str], *names: str) -> list[str]:
+    """The arguments without an option and its values, wherever it stands."""
+    return _take(arguments, names)[1]
+
+
+def _take(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """An option's values, in its two forms `--name value` and `--name=value`, and what is left.
+
+    Raises:
+        InputError: It stands at the end, without its value.
+    """
+    values, rest, left = [], [], iter(arguments)
+    for argument in left:
+        name, equals, value = argument.partition("=")
+        if name not in names:
+            rest.append(argument)
+        elif equals:
+            values.append(value)
+        elif (following := next(left, None)) is not None:
+            values.append(following)
+        else:
+            raise InputError(f"{name}: expected one argument")
+    return values, rest
+
+
+def read_layers(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take the `--config` files out of a command line.
+
+    Args:
+        arguments: What follows the command's name, config names already resolved to paths.
+
+    Returns:
+        The merged files, and the remaining arguments.
+
+    Raises:
+        InputError: A file is not a config, or has a section that no command knows.
+    """
+    paths, rest = _take(arguments, CONFIG)
+    layers = []
+    for path in map(Path, paths):
+        layer = read_config(expand_user(path, "config"))
+        unknown = [str(key) for key in layer if key not in SECTIONS]
+        if unknown:
+            raise InputError(f"{path}: unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
+        layers.append(layer)
+    return merge(layers), rest
+
+
+def drop_options(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Leave out options, with their values, that are `fit`'s and not among the `known` ones.
+
+    An option of no section stays, for the parser to complain about.
+    """
+    kept: list[str] = []
+    dropping = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0]
+            section = name.partition(".")[0]
+            dropping = section in SECTIONS and section not in known and name not in known
+        if not dropping:
+            kept.append(argument)
     return kept

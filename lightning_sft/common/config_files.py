@@ -1,8 +1,8 @@
-"""Config files and dotted options → one mapping, for commands that must not import torch.
+"""Config files → one mapping, for commands that must not import torch.
 
-The rules are those of `fit`: several `--config` files compose, a later one wins key by key, and
-options such as `--data.batch_size 4` win over files. A config is data that people download, so a
-file is read with YAML's safe loader, and its size is bounded before anything is built from it.
+The rules are those of `fit`: several files compose, a later one wins key by key. A config is data
+that people download, so a file is read with YAML's safe loader, and its size is bounded before
+anything is built from it.
 
     >>> read_config(Path("configs/mask-prompt.yaml"))
     {'data': {'mask_prompt': True}}
@@ -75,51 +75,6 @@ def merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             both = isinstance(merged.get(key), dict) and isinstance(value, Mapping)
             merged[key] = merge([merged[key], value]) if both else value
     return merged
-
-
-def read_layers(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take the `--config` files out of a command line.
-
-    Args:
-        arguments: What follows the command's name, config names already resolved to paths.
-
-    Returns:
-        The merged files, and the remaining arguments.
-
-    Raises:
-        InputError: A file is not a config, or has a section that no command knows.
-    """
-    layers, rest = [], []
-    left = iter(arguments)
-    for argument in left:
-        name, _, value = argument.partition("=")
-        if name not in ("--config", "-c"):
-            rest.append(argument)
-            continue
-        path = Path(value or next(left, "")).expanduser()
-        layer = read_config(path)
-        unknown = [str(key) for key in layer if key not in SECTIONS]
-        if unknown:
-            raise InputError(f"{path}: unknown key {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
-        layers.append(layer)
-    return merge(layers), rest
-
-
-def drop_options(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Leave out options, with their values, that are `fit`'s and not among the `known` ones.
-
-    An option of no section stays, for the parser to complain about.
-    """
-    kept: list[str] = []
-    dropping = False
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0]
-            section = name.partition(".")[0]
-            dropping = section in SECTIONS and section not in known and name not in known
-        if not dropping:
-            kept.append(argument)
-    return kept
 
 
 def _read_text(path: Path) -> str:

@@ -33,17 +33,40 @@ MOST = (
 MOST_SMALL = 16 * 1024**2  # of one that holds a few settings
 
 
+def expand_user(path: str | Path, what: str) -> Path:
+    """`~` and `~name` written out.
+
+    Args:
+        what: What a complaint calls the path.
+
+    Raises:
+        InputError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{what}: {path}: there is no such user") from None
+
+
 def cache_dir() -> Path:
     """The folder for downloads: $LIGHTNING_SFT_CACHE, or lightning_sft in the user's cache."""
     if own := os.environ.get("LIGHTNING_SFT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_sft"
+        return expand_user(own, "LIGHTNING_SFT_CACHE")
+    cache = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+    return cache / "lightning_sft"
 
 
 def shipped_folder() -> Path:
     """`configs/`: inside the package when installed from a wheel, beside it in a checkout."""
     package = Path(__file__).parent.parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def install_command(extra: str) -> str:
+    """What to type for an extra of this package: the project is on no index, so from its folder."""
+    root = Path(__file__).parents[2]
+    here = (root / "pyproject.toml").is_file()
+    return f"pip install -e '{root}[{extra}]'" if here else f"pip install 'lightning-sft[{extra}]'"
 
 
 def open_regular(path: str | Path, most: int | None = None) -> BinaryIO:

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ import tiktoken
 from lightning_sft.common.errors import InputError
 
 END_OF_TEXT = 50256
+MAX_SPACES = 200_000  # in one piece; the pattern's stack holds 300,000
 # The same digests that tiktoken pins for its own download of these files.
 _SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -66,7 +68,17 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, special tokens read as plain text."""
+        """Ids of `text`, special tokens read as plain text.
+
+        Raises:
+            InputError: It holds more white space in one piece than the splitting pattern can take.
+        """
+        # Looked for beforehand: tiktoken panics, which is no Exception, and prints 60 lines.
+        if (
+            len(text) > MAX_SPACES
+            and max(map(len, re.findall(r"\s+", text)), default=0) > MAX_SPACES
+        ):
+            raise InputError(f"text: over {MAX_SPACES:,} white-space characters in one piece")
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:

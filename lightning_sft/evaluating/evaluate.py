@@ -80,7 +80,7 @@ def evaluate(
     if ckpt_path is None or not names:
         raise InputError("evaluate: give --ckpt_path and --tasks, or --alpaca_eval")
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError('evaluate: lm-eval is missing: pip install "lightning-sft[eval]"')
+        raise InputError(f"evaluate: lm-eval is missing: {files.install_command('eval')}")
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size} is not allowed; it must be >= 1")
     # Imported here: a refusal, and AlpacaEval's file, need no torch.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import atomic_write
 from lightning_sft.data.chat_template import jinja_template, ollama_template
@@ -84,7 +85,7 @@ def load_gguf() -> Any:
         import gguf
     except ImportError:
         raise InputError(
-            'export: GGUF needs the package gguf: pip install "lightning-sft[gguf]"'
+            f"export: GGUF needs the package gguf: {files.install_command('gguf')}"
         ) from None
     return gguf
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from lightning_sft.common import files
 from lightning_sft.common.downloads import download
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.common.files import MOST_SMALL, cache_dir, read_json, sha256_of
@@ -183,7 +184,7 @@ def _read_openai(folder: Path) -> dict[str, torch.Tensor]:
     except ImportError:
         raise InputError(
             f"{folder}: OpenAI's checkpoint is read with tensorflow: "
-            'pip install "lightning-sft[openai]"'
+            f"{files.install_command('openai')}"
         ) from None
     endings = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
     tensors = {}

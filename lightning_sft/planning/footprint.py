@@ -200,7 +200,7 @@ def count_devices(trainer: Any) -> int:
     devices = trainer.devices
     if isinstance(devices, list):
         count = len(devices)
-    elif str(devices).lstrip("-").isdigit() and int(devices) > 0:
+    elif str(devices).lstrip("-").isdecimal() and int(devices) > 0:
         count = int(devices)
     else:
         device = find_device(trainer.accelerator)

@@ -13,7 +13,6 @@ but the data, nothing is written.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_sft.common.arguments import explain, option_names
+from lightning_sft.common.arguments import PROGRAM
 from lightning_sft.common.errors import IncompleteError, InputError
+from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.models.ready import find_device
 from lightning_sft.planning.footprint import (
@@ -35,7 +35,8 @@ from lightning_sft.planning.footprint import (
     free_memory,
 )
 from lightning_sft.planning.outlook import Outlook
-from lightning_sft.training.cli import ALLOWED_CLASSES, SFTCLI
+from lightning_sft.training.cli import SFTCLI, allow_imports, check_numbers
+from lightning_sft.training.lightning_internals import command_line
 from lightning_sft.training.module import SFTModule
 
 GB = 1e9
@@ -75,13 +76,14 @@ class PlanCLI(SFTCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             LightningCLI.parse_arguments(self, parser, args)
-        except jsonargparse.ArgumentError as error:
+        except (jsonargparse.ArgumentError, OverflowError) as error:
             raise InputError(f"plan: {explain(str(error), option_names(parser))}") from None
+        check_numbers(self.config.as_dict(), "")
 
-    def _parse_ckpt_path(self) -> None:
+    def resolve_checkpoint(self) -> None:
         """A plan starts from nothing."""
 
-    def _set_seed(self) -> None:
+    def set_seed(self) -> None:
         """The order of the batches and the random weights have seeds of their own."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -195,15 +197,9 @@ def predict_seconds(outlook: Outlook, cost: Cost, loss_curve: Any) -> tuple[floa
 
 
 def _parse(arguments: list[str]) -> PlanCLI:
-    jsonargparse.set_parsing_settings(
-        config_read_mode_fsspec_enabled=False,
-        import_path_denylist=["*"],
-        import_path_allowlist=ALLOWED_CLASSES,
-    )
-    own_arguments = sys.argv
-    try:
-        # LightningCLI reads them from here. Weights are never wanted: random ones cost the same.
-        sys.argv = [own_arguments[0], *arguments, "--model.weights=null"]
+    arguments = allow_imports(arguments)
+    # Weights are never wanted: random ones cost the same.
+    with command_line([*arguments, "--model.weights=null"]):
         return PlanCLI(
             SFTModule,
             InstructionDataModule,
@@ -211,10 +207,13 @@ def _parse(arguments: list[str]) -> PlanCLI:
             run=False,
             seed_everything_default=123,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "default_env": False},
+            parser_kwargs={
+                "exit_on_error": False,
+                "default_env": False,
+                "allow_abbrev": False,
+                "prog": f"{PROGRAM} plan",
+            },
         )
-    finally:
-        sys.argv = own_arguments
 
 
 def _autocast(device: torch.device, precision: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import filelock
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 
 
@@ -61,9 +62,9 @@ def checkpoint_in(path: str | Path, option: str = "ckpt_path") -> Path:
     Raises:
         InputError: A run folder with nothing in it, the folder of several runs, or no such file.
     """
-    path = Path(path).expanduser()
+    path = files.expand_user(path, option)
     if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") and not path.exists():
-        raise InputError(f"{option}: {path}: no such file")
+        raise InputError(f"{option}: {path} is not a file (no such file)")
     if not path.is_dir():
         return path
     if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
@@ -131,7 +132,9 @@ class RunClaim:
     def __enter__(self) -> RunClaim:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
+        if isinstance(error, Exception) and self.begun:
+            error.run_folder = self.folder  # type: ignore[attr-defined] # where a report of it goes
         if self._lock is not None:
             self._lock.release()
         if self.folder is not None and self._made and not self.begun:

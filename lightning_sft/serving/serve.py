@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.serving.settings import (
@@ -73,9 +74,7 @@ def serve(
     names = choose_names(paths, [name, compare_name])
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"serve: {package} is not installed; pip install 'lightning-sft[serve]'"
-            )
+            raise InputError(f"serve: {package} is not installed; {files.install_command('serve')}")
     with listen(host, port) as listener:
         # Imported here: `serve --help` and a refusal need no torch.
         from lightning_sft.decoding.answering import load_model

@@ -94,7 +94,9 @@ class SampleResponses(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 text = f"**{question}**\n\nwanted: {entry.output}\n\nanswer: {answer}"
-                logger.experiment.add_text(f"val_data[{index}]", text, trainer.global_step)
+                # As all that is logged, under the number of the step before, from 0.
+                step = max(trainer.global_step - 1, 0)
+                logger.experiment.add_text(f"val_data[{index}]", text, step)
 
 
 class LossCurve(L.Callback):

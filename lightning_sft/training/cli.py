@@ -19,21 +19,22 @@ from typing import Any
 
 import jsonargparse
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_sft.common import files
-from lightning_sft.common.arguments import explain, option_names
+from lightning_sft.common.arguments import option_values, without_option
 from lightning_sft.common.errors import InputError, LightningSFTError
+from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.prompts import get_style
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.models.lora import LoRAConfig
 from lightning_sft.models.lora_checkpoint import saved_config
 from lightning_sft.models.registry import get_config
-from lightning_sft.runs.run_folder import RunClaim
+from lightning_sft.runs.run_folder import RunClaim, checkpoint_in
 from lightning_sft.training.callbacks import LossCurve, SampleResponses, Throughput
 from lightning_sft.training.checkpoint import (
     STEP_METRICS,
@@ -43,7 +44,15 @@ from lightning_sft.training.checkpoint import (
     find_checkpoint,
 )
 from lightning_sft.training.device_check import DeviceCheck, check_devices
-from lightning_sft.training.loggers import EventsLogger, MetricsFile, folder_of, rewind
+from lightning_sft.training.lightning_internals import OpenCLI, restrict_imports
+from lightning_sft.training.loggers import (
+    EventsLogger,
+    MetricsFile,
+    RunFolder,
+    folder_of,
+    rewind,
+)
+from lightning_sft.training.progress_bar import ProgressBar, Summary
 from lightning_sft.training.response_writer import ResponseWriter
 from lightning_sft.training.signals import StopOnSignal
 
@@ -58,7 +67,37 @@ ALLOWED_CLASSES = [
     "lightning.pytorch.strategies",
     "torch.optim",
 ]
+ALLOW_IMPORT_VARIABLE = "LIGHTNING_SFT_ALLOW_IMPORT"  # more of them, separated by commas
 RUN_FOLDER_VARIABLE = "LIGHTNING_SFT_RUN_FOLDER"  # how a rank's child processes learn the folder
+
+
+def allow_imports(arguments: list[str]) -> list[str]:
+    """Let configs name the project's classes, and those of `--allow_import MODULE`.
+
+    The option is the command line's alone: a config that could open the door would be no door. The
+    environment takes it on to the processes that Lightning starts as ranks.
+
+    Returns:
+        The arguments without the option.
+
+    Raises:
+        InputError: It names no module.
+    """
+    given = os.environ.get(ALLOW_IMPORT_VARIABLE, "").split(",")
+    given += option_values(arguments, "--allow_import")
+    extra = list(dict.fromkeys(name.strip() for name in given if name.strip()))
+    for name in extra:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+            raise InputError(f"allow_import: {name!r} is not a module's name, such as my_package")
+    if extra:
+        os.environ[ALLOW_IMPORT_VARIABLE] = ",".join(extra)
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; an installed script does not
+    try:
+        restrict_imports([*ALLOWED_CLASSES, *extra])
+    except ValueError as error:
+        raise InputError(f"allow_import: {error}") from None
+    return without_option(arguments, "--allow_import")
 
 
 @dataclass(frozen=True)
@@ -80,7 +119,7 @@ class RunConfig:
             )
 
 
-class SFTCLI(LightningCLI):
+class SFTCLI(OpenCLI):
     """LightningCLI with the project's links, run folder and indispensable callbacks.
 
     Args:
@@ -123,57 +162,61 @@ class SFTCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             super().parse_arguments(parser, args)
-        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-            subcommand = sys.argv[1]
-            allowed = option_names(self._subcommand_parsers[subcommand])
-            raise InputError(f"{subcommand}: {explain(str(error), allowed)}") from None
+        except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
+            allowed = option_names(self.option_parser())
+            raise InputError(f"{sys.argv[1]}: {explain(str(error), allowed)}") from None
+        config = self.config.get(self.config.get("subcommand"), self.config)
+        check_numbers(config.trainer.as_dict(), "trainer")
+        for section in ("model", "data", "generation", "samples", "loss_curve", "checkpoints"):
+            check_numbers(config[section].as_dict(), section)
 
-    def _set_seed(self) -> None:
+    def set_seed(self) -> None:
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise InputError(f"seed_everything: {seed} is outside 0 to {2**32 - 1}")
-        super()._set_seed()
+        super().set_seed()
 
-    def _parse_ckpt_path(self) -> None:
-        """Resolve `last` and `best`. The config keeps its say; LightningCLI would overrule it."""
+    def resolve_checkpoint(self) -> None:
+        """Find out what `last`, `best`, a run folder or a path means; the config stays as it is."""
         config = self.config[self.config.subcommand]
         self.checkpoint: Path | None = None
-        self._facts: dict[str, Any] | None = None
-        if config.ckpt_path is not None:
-            self.checkpoint = find_checkpoint(config.ckpt_path, _run_parent(config))
+        self.facts: dict[str, Any] | None = None
+        wanted = config.ckpt_path
+        if wanted is not None:
+            if wanted not in ("last", "best") and "://" not in wanted:
+                wanted = str(checkpoint_in(wanted))
+            self.checkpoint = find_checkpoint(wanted, _run_parent(config))
             config.ckpt_path = str(self.checkpoint)
-            self._facts = _compare(self.checkpoint, config)
+            self.facts = _compare(self.checkpoint, config)
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except LightningSFTError:
             raise
-        except (MisconfigurationException, TypeError, ValueError) as error:
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             # Whatever a class's constructor says of its arguments is the user's to mend.
             raise InputError(f"{self.subcommand or 'plan'}: {explain(str(error))}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = self._get(self.config_init, "trainer")
-        check_devices(trainer.get("devices"), trainer.get("num_nodes"))
-        callbacks: list[Any] = []
-        if self._get(self.config, "check_device"):
-            callbacks.append(DeviceCheck())
+        """The Trainer of this command, with what a run cannot do without."""
+        wanted = self.built("trainer").as_dict()
+        check_devices(wanted.get("devices"), wanted.get("num_nodes"))
+        plugins = wanted.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
+        kwargs["use_distributed_sampler"] = False  # the loaders deal their rows to ranks themselves
+        kwargs["logger"] = False
+        callbacks: list[Any] = [DeviceCheck()] if self.setting("check_device") else []
         if self.checkpoint is not None and self.model.lora is None:
             # It holds all weights: those that training began with need not be there any more.
             self.model.weights = None
         if self.subcommand == "fit":
             folder = self._folder()
-            checkpoints = self._get(self.config_init, "checkpoints")
-            callbacks += [Throughput(), FinalWeights(), StopOnSignal(checkpoints)]
-            if trainer.get("logger") in (None, True):
-                kwargs["logger"] = [
-                    EventsLogger(folder, self._facts["step"] if self._facts else None),
-                    MetricsFile(folder),
-                ]
-        else:
-            kwargs["logger"] = False
-        if self.subcommand == "predict":
+            stop = StopOnSignal(self.built("checkpoints"))
+            callbacks += [RunFolder(folder), Throughput(), FinalWeights(), stop]
+            kwargs["logger"] = self._loggers(wanted.get("logger"), folder)
+        elif self.subcommand == "predict":
             if self.checkpoint is None:
                 source = self.model.weights or "none, so they are random"
                 rank_zero_only(print)(
@@ -182,16 +225,32 @@ class SFTCLI(LightningCLI):
                 )
             callbacks += [ResponseWriter(self._folder()), StopOnSignal()]
             kwargs["enable_progress_bar"] = False  # the writer's own bar counts entries
-        elif not sys.stdout.isatty() and trainer.get("enable_progress_bar") is not False:
-            # rich, where it is installed, prints nothing at all into a file.
-            callbacks.append(TQDMProgressBar(refresh_rate=20))
-        plugins = trainer.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
-        kwargs["use_distributed_sampler"] = False  # the loaders deal their rows to ranks themselves
+        callbacks += self._displays(wanted | kwargs)
         self.trainer_defaults = {"callbacks": callbacks}
-        self.save_config_kwargs = {"claim": self.claim, "facts": self._facts}
+        self.save_config_kwargs = {"claim": self.claim, "facts": self.facts}
         return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self, wanted: Any, folder: Path) -> list[Any]:
+        """`metrics.csv` always, TensorBoard unless `logger: false`, a user's own beside them."""
+        loggers: list[Any] = [MetricsFile(folder)]
+        if wanted is not False:
+            loggers.insert(0, EventsLogger(folder, self.facts["step"] if self.facts else 0))
+        if isinstance(wanted, bool | None):
+            return loggers
+        return [*loggers, *(wanted if isinstance(wanted, list) else [wanted])]
+
+    def _displays(self, wanted: dict[str, Any]) -> list[Any]:
+        """A progress bar and a summary, where they are wanted and the config names no others."""
+        given = wanted.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        return [
+            ours()
+            for ours, kind, option in (
+                (ProgressBar, lightning_callbacks.ProgressBar, "enable_progress_bar"),
+                (Summary, lightning_callbacks.ModelSummary, "enable_model_summary"),
+            )
+            if wanted.get(option) is not False and not any(isinstance(c, kind) for c in given)
+        ]
 
     def _folder(self) -> Path:
         """This run's folder, the same for all its processes; made by the first one."""
@@ -241,6 +300,39 @@ class SaveRunConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
         with files.atomic_write(path) as file:
             file.write(text)
+
+
+# The least that an option may be, where Lightning would divide by it.
+AT_LEAST_1 = ("trainer.check_val_every_n_epoch", "trainer.accumulate_grad_batches")
+MOST = 2**53  # a larger number overflows somewhere, and nobody means it
+
+
+def check_numbers(settings: Any, name: str) -> None:
+    """Refuse numbers that no run could be meant to have, wherever they stand.
+
+    Args:
+        name: Of the option that holds them.
+
+    Raises:
+        InputError: Names the option, and what is allowed.
+    """
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            check_numbers(value, f"{name}.{key}")
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            check_numbers(value, name)
+    elif isinstance(settings, str) and re.fullmatch("-?[0-9]+", settings):  # `devices` may be text
+        check_numbers(int(settings[:400]), name)
+    elif isinstance(settings, int | float) and not isinstance(settings, bool):
+        if isinstance(settings, int) and abs(settings) > MOST:
+            raise InputError(f"{name}: a number over {MOST:,} is not allowed")
+        if name in AT_LEAST_1 and settings < 1:
+            raise InputError(f"{name}: {settings} is not allowed; it must be >= 1")
+        if name == "trainer.val_check_interval" and settings == 0:
+            raise InputError(
+                f"{name}: 0 is not allowed; to leave out validation: --trainer.limit_val_batches 0"
+            )
 
 
 def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
@@ -302,4 +394,4 @@ def _plain(value: Any) -> Any:
 
 
 def _run_parent(config: Any) -> Path:
-    return Path(config.run.dir) / (config.run.name or "run")
+    return files.expand_user(config.run.dir, "run.dir") / (config.run.name or "run")

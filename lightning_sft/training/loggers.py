@@ -1,4 +1,4 @@
-"""What a run writes of itself while it trains: `metrics.csv` and TensorBoard events.
+"""A run's folder, and what it writes of itself there: `metrics.csv` and TensorBoard events.
 
 A resumed run goes on in its folder: what it had logged beyond its checkpoint is taken back first,
 so that curves and samples read like those of a run that was never stopped.
@@ -7,15 +7,16 @@ so that curves and samples read like those of a run that was never stopped.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_sft.common import files
 
@@ -33,14 +34,43 @@ COLUMNS = [
 ]
 
 
-def folder_of(trainer: Trainer) -> Path | None:
-    """The folder that a run's loggers write into; None without them, or in a trial run.
+class RunFolder(Callback):
+    """Says which folder a run's files go into: checkpoints, samples, curve, weights, metrics.
 
-    `trainer.log_dir` would not do: it is a collective call, and waits forever when one rank asks.
+    Loggers have no say in it: a user's own come beside, and write where they were told to.
+
+    Args:
+        path: `runs/<name>/version_N`, or any folder for a `Trainer` that Python code makes.
     """
-    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+
+def folder_of(trainer: Trainer) -> Path | None:
+    """The folder that a run's files go into; None in a trial run, and where nothing names one.
+
+    A `Trainer` without a `RunFolder` among its callbacks means the folder of its first logger that
+    has one. `trainer.log_dir` would not do: it is a collective call, and waits forever when one
+    rank asks.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    return Path(str(trainer.loggers[0].log_dir))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunFolder):
+            return callback.path
+    folder = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
+    if folder is None:
+        _warn_once(
+            "no checkpoints, samples, curve or weights are written: the Trainer has no logger with "
+            "a folder; give it one, or the callback lightning_sft.RunFolder('runs/mine')"
+        )
+    return None if folder is None else Path(str(folder))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    rank_zero_warn(message)
 
 
 def rewind(folder: Path, step: int) -> bool:
@@ -106,16 +136,17 @@ class EventsLogger(TensorBoardLogger):
     """TensorBoard events straight in the run folder.
 
     Args:
-        step: Of the checkpoint that a run goes on from; TensorBoard hides what lay behind it.
+        step: Of the checkpoint that a run goes on from; TensorBoard hides what lay behind it. As
+            in `metrics.csv` the first step has number 0, so that this is the number of the next.
+            A new run needs a 0: TensorBoard takes the first beginning it sees for no restart.
     """
 
-    def __init__(self, folder: Path, step: int | None = None) -> None:
-        purge: dict[str, Any] = {} if step is None else {"purge_step": step + 1}
+    def __init__(self, folder: Path, step: int = 0) -> None:
         super().__init__(
             save_dir=folder.parent.parent,
             name=folder.parent.name,
             version=int(folder.name.removeprefix("version_")),
-            **purge,
+            purge_step=step,
         )
 
     def save(self) -> None:

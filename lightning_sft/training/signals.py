@@ -18,18 +18,10 @@ from typing import Any
 
 import lightning as L
 
-from lightning_sft.common.errors import LightningSFTError
+from lightning_sft.common.errors import StoppedError
 from lightning_sft.training.checkpoint import Checkpoints
 from lightning_sft.training.lightning_internals import batches_done
 from lightning_sft.training.steps import can_resume_behind
-
-
-class StoppedError(LightningSFTError):
-    """The command was asked to stop and did; 128 + the signal's number, as shells count."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
 
 
 class StopOnSignal(L.Callback):
@@ -108,7 +100,7 @@ def _leave(signum: int, message: str) -> None:
     """
     with contextlib.suppress(RuntimeError):  # the signal came while it was being written to
         sys.stdout.flush()
-    os.write(2, f"\nerror: {message}\n".encode())
+    os.write(2, f"\n{message}\n".encode())
     os._exit(128 + signum)
 
 

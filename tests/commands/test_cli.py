@@ -209,3 +209,109 @@ def test_a_refused_resume_changes_nothing(trained: Path) -> None:
     events = {p for p in after.keys() - before.keys() if "tfevents" in p.name}
     assert after.keys() - events == before.keys()
     assert all(after[p] == before[p] for p in before)
+
+
+# --- a user's own classes ---
+
+MINE = "from lightning.pytorch.callbacks import Callback\nclass Mine(Callback):\n    pass\n"
+
+
+@pytest.fixture
+def own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config that names a class of a package beside it, in the working directory."""
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package/__init__.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LIGHTNING_SFT_ALLOW_IMPORT", "")  # set back to nothing at the end
+    callbacks = [{"class_path": "my_package.Mine"}]
+    return write_config(
+        tmp_path,
+        trainer__callbacks=callbacks,
+        trainer__max_steps=1,
+        loss_curve__every_n_steps=0,
+        samples__indices=[],
+    )
+
+
+def test_a_users_class_is_refused_by_default(
+    own_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("fit", "--config", own_package) == 2
+    assert "if you trust it: --allow_import my_package" in one_error_line(capsys)
+    assert run("fit", "--config", own_package, "--allow_import=my_package.nothing") == 2
+    assert run("fit", "--config", own_package, "--allow_import=my-package") == 2
+    assert "'my-package' is not a module's name" in capsys.readouterr().err
+    assert "my_package" not in sys.modules
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_a_users_class_can_be_allowed(
+    way: str, own_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = ["--allow_import", "other", "--allow_import=my_package"] if way == "option" else []
+    if way == "environment":
+        monkeypatch.setenv("LIGHTNING_SFT_ALLOW_IMPORT", "other, my_package")
+    assert run("fit", "--config", own_package, *option) == 0
+    del sys.modules["my_package"]
+
+
+def test_a_config_cannot_allow_itself(
+    own_package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = own_package.read_text()
+    own_package.write_text(f"allow_import: my_package\n{text}")
+    assert run("fit", "--config", own_package) == 2
+    assert "allow_import" in one_error_line(capsys)
+
+
+# --- a run folder where a checkpoint is wanted ---
+
+
+def test_a_run_folder_stands_for_its_checkpoint(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained / "runs/tiny/version_0"
+    assert run("validate", "--ckpt_path", newest_checkpoint(folder)) == 0
+    said = capsys.readouterr().out
+    assert run("validate", "--ckpt_path", folder) == 0
+    assert capsys.readouterr().out == said
+    config = trained / "tiny.yaml"
+    assert run("validate", "--config", config, f"--ckpt_path={folder}") == 0
+    assert run("validate", "--ckpt_path", folder.parent) == 2
+    assert "holds runs; name one, such as" in one_error_line(capsys)
+
+
+# --- what Lightning would answer with a traceback ---
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trainer.val_check_interval=1000", "val_check_interval"),
+        ("--trainer.val_check_interval=0", "trainer.val_check_interval: 0 is not allowed"),
+        ("--trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch: 0 is not allow"),
+        (f"--trainer.devices={10**25}", "trainer.devices: a number over"),
+        (f"--generation.max_new_tokens={10**400}", "generation.max_new_tokens: a number over"),
+        (
+            f"--model.architecture.context_length={10**25}",
+            "architecture.context_length: a num",
+        ),
+        (
+            f"--trainer.accumulate_grad_batches={10**25}",
+            "accumulate_grad_batches: a number",
+        ),
+        ("--run.dir=~nosuchuser/runs", "run.dir: ~nosuchuser/runs: there is no such user"),
+        ("--ckpt_path=~nosuchuser/a.ckpt", "ckpt_path: ~nosuchuser/a.ckpt: there is no such user"),
+        ("--trainer.logger=WandbLogger", "wandb"),
+    ],
+)
+def test_numbers_that_no_run_could_have(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--loss_curve.every_n_steps=0", "--samples.indices=[]"]
+    config = write_config(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    assert run("fit", "--config", config, *short, option) == 2
+    assert message in one_error_line(capsys)
+    assert set(tmp_path.rglob("*")) - before <= {tmp_path / "runs"}

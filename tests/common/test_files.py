@@ -151,3 +151,12 @@ def test_read_jsonl_refuses_a_bad_line_in_the_middle(tmp_path, bad):
         files.read_jsonl(path)
     with pytest.raises(InputError, match="cannot be read"):
         files.read_jsonl(tmp_path / "missing.jsonl")
+
+
+def test_install_hints_work_where_the_project_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(files.__file__).parents[2]
+    assert files.install_command("serve") == f"pip install -e '{root}[serve]'"
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "lightning_sft/common/files.py"))
+    assert files.install_command("serve") == "pip install 'lightning-sft[serve]'"

@@ -152,3 +152,11 @@ def test_text_modules_do_without_torch():
         ),
     )
     assert not imports_without_torch("training.loss")  # control
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "a" + "\n" * 1_000_000 + "b"])
+def test_more_white_space_than_the_pattern_takes_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="over 200,000 white-space characters"):
+        gpt2_tokenizer().encode(text)
+    taken = text[:200_000]
+    assert gpt2_tokenizer().decode(gpt2_tokenizer().encode(taken)) == taken
