@@ -33,8 +33,9 @@ from lightning_sft.runs.run_folder import RunClaim, run_of
 from lightning_sft.training.cli import ALLOWED_CLASSES, RUN_FOLDER_VARIABLE, SFTCLI, SaveRunConfig
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.response_writer import ResponseWriter
-from lightning_sft.training.signals import die_with_parent
+from lightning_sft.training.signals import die_with
 
+LAUNCHER_VARIABLE = "LIGHTNING_SFT_LAUNCHER"  # whose death is to be that of its ranks
 # How gloo and NCCL say that a process they talk to has died.
 LOST_PEER = "Connection (closed|reset) by peer|Connection refused|NCCL error|Broken pipe|timed out"
 
@@ -74,8 +75,9 @@ def measure_validation(arguments: list[str]) -> tuple[Path | None, dict[str, Any
 
 def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
     _quieten()
-    if RUN_FOLDER_VARIABLE in os.environ:
-        die_with_parent()  # a rank that Lightning started
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is not None:  # this is a rank that Lightning started
+        die_with(int(launcher))
     jsonargparse.set_parsing_settings(
         config_read_mode_fsspec_enabled=False,
         import_path_denylist=["*"],
@@ -90,6 +92,7 @@ def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
     try:
         # LightningCLI reads them from here, and so do the ranks that Lightning starts.
         sys.argv = [own_arguments[0], subcommand, *arguments]
+        os.environ.setdefault(LAUNCHER_VARIABLE, str(os.getpid()))
         with RunClaim() as claim:
             return SFTCLI(
                 SFTModule,
@@ -114,6 +117,8 @@ def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
         sys.argv = own_arguments
         if known is None:
             os.environ.pop(RUN_FOLDER_VARIABLE, None)
+        if launcher is None:
+            os.environ.pop(LAUNCHER_VARIABLE, None)
 
 
 def use_checkpoint_config(arguments: list[str]) -> list[str]:
