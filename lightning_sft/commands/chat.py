@@ -1,35 +1,39 @@
 """Answers to instructions typed at a terminal, written as they are generated.
 
-    python -m lightning_sft chat --ckpt_path runs/gpt2-medium/version_0/checkpoints/step-000232.ckpt
+    python -m lightning_sft chat --ckpt_path runs/gpt2-medium/version_0
 
-An empty line sends what was typed, so an instruction can have several lines; a line `Input:` begins
-the entry's input. Ctrl-D or `/quit` ends.
+Enter sends a line; a backslash before it goes on to the next one. With `--multiline` an empty line
+sends what was typed. Either way a line `Input:` begins the entry's input. Ctrl-C ends an answer;
+at the prompt, Ctrl-C, Ctrl-D and `/quit` end the talk. From a pipe, every line is an instruction.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import GPT2Tokenizer, gpt2_tokenizer
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.decoding.generation import GenerationConfig, decode
 from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.models.ready import (
-    choose_device,
-    load_for_answers,
-)
+from lightning_sft.models.ready import choose_device, load_for_answers
+from lightning_sft.models.tokenizers import tokenizer_of
+from lightning_sft.runs.run_folder import checkpoint_in
 
 DEFAULTS = GenerationConfig()
+QUIT = ("/quit", "/exit")
 
 
 def chat(
     *,
     ckpt_path: str,
     generation: GenerationConfig = DEFAULTS,
+    multiline: bool = False,
     architecture: str | dict[str, Any] | None = None,
     prompt_style: str | dict[str, str] | None = None,
     header_in_prompt: bool | None = None,
@@ -39,26 +43,33 @@ def chat(
     """Answer instructions typed at a terminal.
 
     Args:
-        ckpt_path: A checkpoint, or weights (.pth, .safetensors, folder, or a name such as
-            gpt2-medium), which also need an architecture.
+        ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
+            such as gpt2-medium), which also need an architecture.
         generation: How answers are written.
+        multiline: An empty line sends what was typed, instead of Enter.
         architecture: For weights that do not say it themselves.
         prompt_style: For weights away from their run folder; alpaca by default.
         header_in_prompt: Likewise.
         weights: Where the base of a LoRA checkpoint is now, if it was moved.
         device: auto, cpu, cuda or mps.
     """
-    model, style = load_for_answers(
-        ckpt_path, architecture, prompt_style, header_in_prompt, weights
-    )
+    path = str(checkpoint_in(ckpt_path))
+    model, style = load_for_answers(path, architecture, prompt_style, header_in_prompt, weights)
     model.to(choose_device(device))
-    tokenizer = gpt2_tokenizer()
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print("Type an instruction, then an empty line. 'Input:' begins an input. /quit ends.")
-    for entry in _read_instructions(interactive):
-        for piece in stream_answer(model, entry, style, tokenizer, generation):
-            print(piece, end="", flush=True)
+    tokenizer = tokenizer_of(model)
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        sends = "an empty line sends" if multiline else "Enter sends, \\ before it goes on"
+        print(f"Type an instruction; {sends}. A line 'Input:' begins an input. /quit ends.")
+    for entry in read_typed(multiline) if at_terminal else read_piped():
+        try:
+            for piece in stream_answer(model, entry, style, tokenizer, generation):
+                print(piece, end="", flush=True)
+        except (InputError, KeyboardInterrupt) as reason:
+            if not at_terminal:
+                raise
+            # An instruction that is too long, or Ctrl-C: the end of this answer, not of the talk.
+            print(reason, end="")
         print("\n", flush=True)
 
 
@@ -66,7 +77,7 @@ def stream_answer(
     model: GPTModel,
     entry: Entry,
     style: PromptStyle,
-    tokenizer: GPT2Tokenizer,
+    tokenizer: Tokenizer,
     generation: GenerationConfig,
 ) -> Iterator[str]:
     """Pieces of the answer's text as soon as they are certain; joined they are `extract`'s text.
@@ -75,32 +86,45 @@ def stream_answer(
     """
     text = AnswerText(style)
     prompt = tokenizer.encode(style.prompt(entry))
-    for step in decode(model, [prompt], generation):
+    for step in decode(model, [prompt], generation, eos_token_id=tokenizer.eos_token_id):
         for _, token in step:
             piece = text.finish() if token is None else text.add(tokenizer.token_bytes(token))
             if piece:
                 yield piece
 
 
-def _read_instructions(interactive: bool) -> Iterator[Entry]:
-    """Entries from stdin: one per paragraph at a terminal, one per line from a pipe."""
+def read_piped() -> Iterator[Entry]:
+    """Entries from standard input, one a line."""
+    for line in sys.stdin:
+        if line.strip() in QUIT:
+            return
+        if line.strip():
+            yield Entry(line.rstrip("\n"), "", "")
+
+
+def read_typed(multiline: bool, ask: Callable[[str], str] = input) -> Iterator[Entry]:
+    """Entries from a terminal, with its line editing and history.
+
+    Args:
+        ask: Shows a prompt and returns the line typed; raises EOFError at the end.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # `input` edits lines once it is imported
     lines: list[str] = []
     while True:
-        if interactive:
-            print("... " if lines else ">>> ", end="", flush=True)
-        line = sys.stdin.readline()
-        ended = line == ""
-        text = line.rstrip("\n")
-        if text.strip() in ("/quit", "/exit"):
+        try:
+            line, ended = ask("... " if lines else ">>> "), False
+        except EOFError:
+            print()
+            line, ended = "", True
+        if line.strip() in QUIT:
             return
-        if not interactive:
-            if text.strip():
-                yield Entry(text, "", "")
-        elif text.strip() and not ended:
-            lines.append(text)
-        elif lines:
+        goes_on = bool(line.strip()) if multiline else line.endswith("\\")
+        lines.append(line if multiline else line.removesuffix("\\"))
+        if ended or not goes_on:
             instruction, _, given = "\n".join(lines).partition("\nInput:")
             lines = []
-            yield Entry(instruction.strip(), given.strip(), "")
+            if instruction.strip():
+                yield Entry(instruction.strip(), given.strip(), "")
         if ended:
             return

@@ -7,67 +7,49 @@ writes clean splits.
 
     python -m lightning_sft inspect --config gpt2-medium.yaml --entries 0,5
 
-This module does not import torch: the order of an epoch comes from `numpy`'s copy of the same
-random number generator.
+This module does not import torch.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_sft.commands.inspect_entries import parse_places, show_entries
 from lightning_sft.common.arguments import explain, option_names
 from lightning_sft.common.config_files import drop_options, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError
-from lightning_sft.data.config import DataConfig
+from lightning_sft.data.config import DataConfig, describe_skipped
+from lightning_sft.data.counting import (
+    SplitCounts,
+    check_answers,
+    count_epoch_steps,
+    count_run_steps,
+    count_split,
+    limit_batches,
+    measure_batch,
+)
 from lightning_sft.data.entries import Splits
 from lightning_sft.data.faults import (
-    Counts,
-    count,
     find_faults,
+    find_header_texts,
     find_headers,
     find_leaks,
-    is_known,
-    kept,
+    find_repeats,
     write_clean,
 )
-from lightning_sft.data.order import count_tree, epoch_order
-from lightning_sft.data.prompts import get_style
-from lightning_sft.data.rows import Row, TokenRows, tokenize_entries
-from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
+from lightning_sft.data.order import BatchOrder, row_places
+from lightning_sft.data.rows import TokenRows, fit_to_length
+from lightning_sft.data.token_cache import tokenize_entries
+from lightning_sft.data.tokenizer import gpt2_tokenizer
 
 SUMMARY = "show what the model will see of the data"
 BARS = 12  # of the histogram
 BAR_WIDTH = 40
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What cuts an epoch into steps."""
-
-    seed: int
-    max_epochs: int
-    accumulate: int
-    devices: int
-
-    @classmethod
-    def of(cls, settings: Any) -> Schedule:
-        """From parsed options. `devices: auto` counts as one: to know it would take torch."""
-        trainer = settings.trainer
-        devices = trainer.devices
-        if isinstance(devices, list):
-            devices = len(devices)
-        devices = int(devices) if str(devices).isdigit() else 1
-        if trainer.accumulate_grad_batches < 1:
-            raise InputError("trainer.accumulate_grad_batches must be >= 1")
-        epochs, accumulate = trainer.max_epochs, trainer.accumulate_grad_batches
-        return cls(settings.seed_everything, max(epochs, 1), accumulate, max(devices, 1))
 
 
 def inspect(arguments: list[str]) -> int:
@@ -83,25 +65,41 @@ def inspect(arguments: list[str]) -> int:
         InputError: The command line, a config or the data is wrong.
         IncompleteError: `--strict`, and there are findings.
     """
-    data, schedule, options = _parse(arguments)
-    style = get_style(data.prompt_style, data.header_in_prompt)
-    tokenizer = gpt2_tokenizer()
-    splits = data.read_splits()
+    config, options = _parse(arguments)
+    style, tokenizer = config.style(), gpt2_tokenizer()
+    data = config.read()
+    splits = data.splits
     rows = {
         name: tokenize_entries(entries, style, tokenizer)
         for name, entries in zip(Splits._fields, splits, strict=True)
     }
     if options.entries or options.show:
-        show_entries(options, rows[options.split], data, tokenizer)
+        shown = rows[options.split]
+        first = range(min(options.show, len(shown)))
+        places = parse_places(options.entries) if options.entries else first
+        show_entries(places, options.split, shown, config, tokenizer)
         return 0
-    headers = find_headers(style)
-    counts = {
-        name: count(getattr(splits, name), rows[name], data, headers) for name in Splits._fields
-    }
-    findings = find_faults(splits, counts, data)
-    _print_table(data, style.name, counts, splits)
+    counts = {name: count_split(part, config, style, tokenizer) for name, part in rows.items()}
+    _print_table(config, counts, splits)
+    for line in describe_skipped(data.skipped):
+        print(line)
     _print_lengths(rows["train"].lengths)
-    findings += _print_batches(kept(rows["train"], data), data, schedule)
+    findings = find_faults(splits, counts, config)
+    try:
+        for name, part in rows.items():
+            where = f"{name} split"
+            trained = fit_to_length(
+                part,
+                max_length=config.max_length,
+                overlong=config.overlong,
+                mask_prompt=config.mask_prompt,
+                where=where,
+            )
+            check_answers(counts[name], config, where)
+            if name == "train":
+                print(_describe_batches(trained, config, options))
+    except InputError as error:
+        findings.append(f"fit refuses this: {error}")
     for finding in findings:
         print(f"finding: {finding}")
     if options.fix:
@@ -111,7 +109,8 @@ def inspect(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> tuple[DataConfig, Schedule, Any]:
+def _parse(arguments: list[str]) -> tuple[DataConfig, Any]:
+    """The data section, and all options."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
@@ -125,110 +124,67 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Schedule, Any]:
     )
     parser.add_argument("--strict", action="store_true", help="exit code 4 if there are findings")
     parser.add_argument("--fix", help="write train.json, test.json and val.json without repeats")
-    parser.add_argument("--seed_everything", type=int, default=123, help="orders the epochs")
-    parser.add_argument("--trainer.max_epochs", type=int, default=2)
+    parser.add_argument("--seed_everything", type=bool | int, default=123, help="orders the epochs")
+    # What of the trainer decides about batches and steps, in the types that the Trainer takes.
+    parser.add_argument("--trainer.max_epochs", type=int | None, default=2)
+    parser.add_argument("--trainer.max_steps", type=int, default=-1)
+    parser.add_argument("--trainer.limit_train_batches", type=int | float | None, default=None)
     parser.add_argument("--trainer.accumulate_grad_batches", type=int, default=1)
-    parser.add_argument("--trainer.devices", type=int | str | list[int], default=1)
+    parser.add_argument("--trainer.devices", type=list[int] | str | int, default=1)
     parser.add_class_arguments(DataConfig, "data")
     layers, rest = read_layers(arguments)
     known = option_names(parser)
-    config = {name: layers[name] for name in ("seed_everything", "data") if layers.get(name)}
+    sections = ("seed_everything", "data")
+    given = {name: layers[name] for name in sections if layers.get(name) is not None}
     trainer = layers.get("trainer") or {}
-    config["trainer"] = {k: v for k, v in trainer.items() if f"trainer.{k}" in known}
+    given["trainer"] = {k: v for k, v in trainer.items() if f"trainer.{k}" in known}
     rest = drop_options(rest, known)
     try:
-        settings = parser.parse_args(rest, namespace=parser.parse_object(config))
+        settings = parser.parse_args(rest, namespace=parser.parse_object(given))
     except ArgumentError as error:
         raise InputError(f"inspect: {explain(str(error), known)}") from None
-    data = parser.instantiate_classes(settings).data
-    return data, Schedule.of(settings), settings
+    if settings.trainer.accumulate_grad_batches < 1:
+        raise InputError("trainer.accumulate_grad_batches must be >= 1")
+    return parser.instantiate_classes(settings).data, settings
 
 
-def cut_batches(rows: TokenRows, data: DataConfig, schedule: Schedule) -> list[list[int]]:
-    """The first epoch's batches, all devices' together, as places of rows."""
-    order = epoch_order(len(rows), schedule.seed, 0)
-    size = data.batch_size * schedule.devices
-    if data.drop_last:
-        order = order[: len(order) // size * size]
-    if data.group_by_length:  # sorted within windows of 50 batches, as the loader does
-        lengths, window = rows.lengths, 50 * size
-        windows = [order[k : k + window] for k in range(0, len(order), window)]
-        order = [p for part in windows for p in sorted(part, key=lambda place: int(lengths[place]))]
-    return [order[k : k + size] for k in range(0, len(order), size)]
+def count_devices(devices: list[int] | str | int) -> int:
+    """How many share a batch. What only torch could say, such as `auto`, counts as one."""
+    if isinstance(devices, list):
+        return max(len(devices), 1)
+    if isinstance(devices, str) and "," in devices:  # their numbers, as in 0,2
+        return len([number for number in devices.split(",") if number.strip()])
+    return max(int(devices), 1) if str(devices).isdigit() else 1
 
 
-def show_entries(options: Any, rows: TokenRows, data: DataConfig, tokenizer: Tokenizer) -> None:
-    """Print entries as text and as ids, the supervised tokens marked.
-
-    Colour on a terminal, double brackets elsewhere.
-    """
-    places = list(range(min(options.show, len(rows))))
-    if options.entries:
-        try:
-            places = [int(place) for place in options.entries.split(",")]
-        except ValueError:
-            raise InputError(f"entries: {options.entries!r} is not a list such as 0,5") from None
-    for place in places:
-        if not 0 <= place < len(rows):
-            raise InputError(
-                f"entries: {options.split} has entries 0 to {len(rows) - 1}, not {place}"
-            )
-        print("\n".join(_describe(rows[place], options.split, data, tokenizer)))
-
-
-def _describe(row: Row, split: str, data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    ids = [*map(int, row.ids), tokenizer.eos_token_id]
-    seen = ids[: data.max_length + 1]
-    # A row's first token is predicted from nothing, so it is never a target.
-    first = max(row.prompt_length, 1) if data.mask_prompt else 1
-    texts = [_printable(tokenizer.decode(part)) for part in (seen[:first], seen[first:])]
-    yield (
-        f"{split} entry {row.index}: {row.prompt_length} prompt and "
-        f"{len(row.ids) - row.prompt_length} answer tokens, {max(len(seen) - first, 0)} supervised"
-        + (f", {len(ids) - len(seen)} cut off" if len(ids) > len(seen) else "")
-    )
-    yield texts[0] + _marked(texts[1])
-    yield " ".join(map(str, seen[:first])) + " " + _marked(" ".join(map(str, seen[first:])))
-    yield ""
-
-
-def _marked(text: str) -> str:
-    if not text:
-        return ""
-    return f"\x1b[32m{text}\x1b[0m" if sys.stdout.isatty() else f"[[{text}]]"
-
-
-def _printable(text: str) -> str:
-    """Control characters spelled out: data must not steer the terminal it is shown on."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-def _print_table(data: DataConfig, style: str, counts: dict[str, Counts], splits: Splits) -> None:
-    header = "in the prompt" if data.header_in_prompt else "written by the model"
-    loss = "the answer" if data.mask_prompt else "prompt and answer"
-    print(f"{data.path}\nprompt style {style}, header {header}, loss on {loss}\n")
-    leaks = find_leaks(splits)
-    is_cut, is_dropped = data.overlong == "truncate", data.overlong == "drop"
-    lines: list[tuple[str, Callable[[str, Counts], int]]] = [
+def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Splits) -> None:
+    style = config.style()
+    header = "in the prompt" if config.header_in_prompt else "written by the model"
+    loss = "the answer" if config.mask_prompt else "prompt and answer"
+    print(f"{config.path}\nprompt style {style.name}, header {header}, loss on {loss}\n")
+    leaks, headers = find_leaks(splits), find_headers(style)
+    entries = splits._asdict()
+    is_cut, is_dropped = config.overlong == "truncate", config.overlong == "drop"
+    lines: list[tuple[str, Callable[[str, SplitCounts], int]]] = [
         ("entries", lambda name, c: c.entries),
         ("tokens", lambda name, c: c.tokens),
         ("supervised tokens", lambda name, c: c.supervised),
         ("longest row", lambda name, c: c.longest),
-        (f"over {data.max_length} tokens", lambda name, c: len(c.overlong)),
+        (f"over {config.max_length} tokens", lambda name, c: len(c.overlong)),
         ("  truncated", lambda name, c: len(c.overlong) * is_cut),
         ("  dropped", lambda name, c: len(c.overlong) * is_dropped),
         ("without end-of-text", lambda name, c: len(c.overlong) * is_cut),
+        ("without answer", lambda name, c: len(c.answerless)),
         ("without target", lambda name, c: len(c.without_target)),
-        ("repeated prompts", lambda name, c: len(c.repeated)),
+        ("repeated prompts", lambda name, c: len(find_repeats(entries[name]))),
         ("prompts also in train", lambda name, c: len(leaks.get((name, "train"), []))),
         ("prompts also in test", lambda name, c: len(leaks.get((name, "test"), []))),
-        ("texts with a header", lambda name, c: len(c.headers)),
+        ("texts with a header", lambda name, c: len(find_header_texts(entries[name], headers))),
     ]
     print(f"{'':<24}" + "".join(f"{name:>10}" for name in counts))
     for label, value in lines:
         print(f"{label:<24}" + "".join(f"{value(name, c):>10,}" for name, c in counts.items()))
-    seen: set[tuple[str, str]] = set()
-    total = sum(is_known(entry, seen) for part in splits for entry in part)
+    total = len(find_repeats([entry for part in splits for entry in part]))
     print(f"\n{total} repeated instruction-input pairs in all three together")
 
 
@@ -243,31 +199,54 @@ def _print_lengths(lengths: npt.NDArray[np.int64]) -> None:
         print(f"{begin:>6}-{begin + width - 1:<6}{number:>8,}  {bar}".rstrip())
 
 
-def _print_batches(rows: TokenRows, data: DataConfig, schedule: Schedule) -> list[str]:
-    """Print steps and padding of the first epoch; returns what is wrong with its batches."""
-    ids = [list(map(int, row.ids[: data.max_length])) for row in rows]
-    batches = [[ids[place] for place in batch] for batch in cut_batches(rows, data, schedule)]
-    steps = -(-len(batches) // schedule.accumulate)
-    size = data.batch_size * schedule.devices
-    print(
-        f"\nbatches of {size}: {len(batches)} an epoch, {steps} optimizer steps an epoch, "
-        f"{steps * schedule.max_epochs} in {schedule.max_epochs} epochs"
+def _describe_batches(rows: TokenRows, config: DataConfig, options: Any) -> str:
+    """Steps and padding of the first epoch.
+
+    Raises:
+        InputError: The rows do not fill one batch.
+    """
+    trainer, devices = options.trainer, count_devices(options.trainer.devices)
+    order = BatchOrder(
+        rows.lengths,
+        batch_size=config.batch_size,
+        seed=int(options.seed_everything),
+        world_size=devices,
+        drop_last=config.drop_last,
+        group_by_length=config.group_by_length,
     )
-    if not batches:
-        return [f"{len(rows)} training rows do not fill one batch of {size}, which fit refuses"]
-    if left_out := len(rows) - sum(map(len, batches)):
-        print(f"drop_last leaves out {left_out} rows of each epoch, others each time")
+    size = config.batch_size * devices
+    batches = limit_batches(len(order), trainer.limit_train_batches)
+    accumulate = trainer.accumulate_grad_batches
+    steps = count_run_steps(batches, accumulate, trainer.max_epochs, trainer.max_steps)
+    lines = [
+        f"\nbatches of {size}: {batches} an epoch, {count_epoch_steps(batches, accumulate)} "
+        f"optimizer steps an epoch"
+        + (f", {steps} in {_describe_end(trainer)}" if steps is not None else "")
+    ]
+    if config.drop_last and (left_out := len(rows) % size):
+        lines.append(f"drop_last leaves out {left_out} rows of each epoch, others each time")
     # Each device pads its own share of a batch.
     parts = [
-        batch[k : k + data.batch_size]
-        for batch in batches
-        for k in range(0, len(batch), data.batch_size)
+        [list(map(int, rows[place].ids[: config.max_length])) for place in row_places(share)]
+        for batch in order.plan(epoch=0)[:batches]
+        for share in batch
     ]
-    real = sum(len(row) for part in parts for row in part)
-    padded = sum(len(part) * max(map(len, part)) for part in parts)
-    tree = sum(map(count_tree, parts))
-    print(
-        f"padding: {1 - real / padded:.1%} of {padded:,} tokens in the first epoch; padding_free "
-        f"computes {real:,}, share_prefix {tree:,} ({1 - tree / padded:.1%} fewer than padded)\n"
+    padded, free, tree = (
+        sum(measure_batch(part, **layout).tokens for part in parts)
+        for layout in ({}, {"padding_free": True}, {"share_prefix": True})
     )
-    return []
+    return "\n".join(
+        [
+            *lines,
+            f"padding: {1 - free / padded:.1%} of {padded:,} tokens in the first epoch; "
+            f"padding_free computes {free:,}, share_prefix {tree:,} "
+            f"({1 - tree / padded:.1%} fewer than padded)\n",
+        ]
+    )
+
+
+def _describe_end(trainer: Any) -> str:
+    """Which limit ends the run, for a count of its steps."""
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return "all"
+    return f"{trainer.max_epochs} epochs" + (" at most" if trainer.max_steps >= 0 else "")

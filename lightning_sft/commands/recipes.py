@@ -270,7 +270,7 @@ def _claim(study: Study) -> None:
         files.write_json(path, now)
         return
     try:
-        before = json.loads(path.read_text("utf-8"))
+        before = files.read_json(path)
     except ValueError:
         raise ServiceError(f"{path}: is damaged; remove {study.folder}") from None
     if before != now:

@@ -6,7 +6,6 @@ A figure is read from what the run left in its folder; one that is missing is a 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -63,7 +62,7 @@ def summarize_recipes(folder: Path, runs: Mapping[str, Path | None]) -> str:
     differences = None
     if len(alike) > 1:
         compare([runs[name] or folder for name in alike], output=folder / "comparison")
-        differences = json.loads((folder / "comparison" / "comparison.json").read_text("utf-8"))
+        differences = files.read_json(folder / "comparison" / "comparison.json")
     record = {"recipes": found, "notes": notes, "comparison": differences}
     files.write_json(folder / "recipes.json", record)
     with files.atomic_write(folder / "recipes.html") as file:
@@ -100,11 +99,10 @@ def count_training_seconds(metrics: Path) -> float | None:
     seconds, seen = 0.0, 0.0
     if not metrics.exists():
         return None
-    with metrics.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row.get("tokens_seen") and row.get("tokens_per_second"):
-                seconds += (float(row["tokens_seen"]) - seen) / float(row["tokens_per_second"])
-                seen = float(row["tokens_seen"])
+    for row in csv.DictReader(files.read_text(metrics).splitlines()):
+        if row.get("tokens_seen") and row.get("tokens_per_second"):
+            seconds += (float(row["tokens_seen"]) - seen) / float(row["tokens_per_second"])
+            seen = float(row["tokens_seen"])
     return seconds if seen else None
 
 
@@ -185,7 +183,7 @@ def _as_text(rows: Sequence[Sequence[str]]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = files.read_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

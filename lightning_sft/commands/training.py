@@ -24,7 +24,8 @@ from lightning_sft.common.arguments import explain, find_option, without_option
 from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.datamodule import InstructionDataModule
-from lightning_sft.data.entries import read_records
+from lightning_sft.data.prompts import style_of_run
+from lightning_sft.data.records import read_records
 from lightning_sft.judging.metrics import exact_match, token_f1
 from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.models.lora import final_architecture
@@ -159,12 +160,14 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
 
 
 def _describe_merged(config: Path) -> list[str]:
-    """Options for the `.pth` of a LoRA run: its adapters are merged, its head is its own."""
-    model = read_config(config).get("model", {})
+    """Options for a run's `.pth`: the style it learned; of LoRA, adapters merged, its own head."""
+    settings = read_config(config)
+    model, style = settings.get("model", {}), style_of_run(settings.get("data", {}))
+    options = [f"--data.prompt_style={json.dumps(style)}"] if isinstance(style, dict) else []
     if not model.get("lora"):
-        return []
+        return options
     architecture = json.dumps(dataclasses.asdict(final_architecture(model)))
-    return ["--model.lora=null", f"--model.architecture={architecture}"]
+    return [*options, "--model.lora=null", f"--model.architecture={architecture}"]
 
 
 def _first_config_name(arguments: list[str]) -> str | None:

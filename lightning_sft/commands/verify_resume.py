@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from lightning_sft.common import files
 from lightning_sft.common.config_files import merge, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
 from lightning_sft.models.checkpoint_file import read_checkpoint
@@ -206,10 +207,10 @@ def equal(left: Any, right: Any) -> bool:
 
 def _read_column(run: Path, column: str) -> list[str]:
     try:
-        with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-            return [row[column] or "" for row in csv.DictReader(file)]
+        lines = files.read_text(run / "metrics.csv").splitlines()
     except FileNotFoundError:
         return []
+    return [row[column] or "" for row in csv.DictReader(lines)]
 
 
 def _read_config(arguments: list[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 
 # The first words that an option or a key of a config may have; what they hold is checked by the
@@ -123,12 +124,11 @@ def drop_options(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        content = path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
+        content = files.read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise InputError(f"config: {path} cannot be read ({error.strerror})") from None
     if not content.strip():
-        problem = "is empty" if path.stat().st_size <= MAX_BYTES else f"is over {MAX_BYTES:,} bytes"
-        raise InputError(f"{path}: {problem}; a config is a small YAML mapping")
+        raise InputError(f"{path}: is empty; a config is a small YAML mapping")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

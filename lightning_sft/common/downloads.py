@@ -22,9 +22,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.common.files import (
     BLOCK,
+    MOST_SMALL,
     atomic_write,
     disk_error,
     lock,
+    read_bytes,
+    read_text,
     replace_durably,
     sha256_of,
 )
@@ -32,8 +35,11 @@ from lightning_sft.common.files import (
 if TYPE_CHECKING:
     import requests
 
+    from lightning_sft.common.deadline import Deadline
+
 # All in seconds, but for ATTEMPTS and STALL_BYTES. Waits between attempts double from FIRST_WAIT
-# on; a server that sends less than STALL_BYTES in STALL_SECONDS counts as stuck.
+# on; a server counts as stuck when the headers, or any STALL_BYTES of the body after them, take it
+# longer than STALL_SECONDS.
 CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 30.0
 ATTEMPTS, FIRST_WAIT, TOTAL_WAIT = 5, 0.5, 120.0
 STALL_BYTES, STALL_SECONDS = 64 * 1024, 60.0
@@ -120,18 +126,28 @@ def _transfer(
     import tqdm
     import urllib3
 
+    from lightning_sft.common.deadline import Deadline, DeadlineError, watched_session
+
     part, etag = Path(f"{path}.part"), Path(f"{path}.part.etag")
-    version = etag.read_text() if etag.exists() and part.exists() else ""
-    # A weak ETag (W/"…") does not promise the same bytes.
-    have = part.stat().st_size if version.startswith('"') else 0
+    version = (
+        read_bytes(etag, MOST_SMALL).decode("utf-8", "replace")
+        if etag.exists() and part.exists()
+        else ""
+    )
+    # A weak ETag (W/"…") does not promise the same bytes, and a malformed one cannot be sent.
+    have = part.stat().st_size if re.fullmatch(r'"[\x21\x23-\x7e]*"', version) else 0
     headers = {"Accept-Encoding": "identity"}
     if have:  # If-Range: a server whose file has changed sends all of it, with status 200
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     timeouts = (CONNECT_TIMEOUT, READ_TIMEOUT)
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=timeouts) as response:
+        with (
+            Deadline(STALL_SECONDS) as deadline,
+            watched_session() as session,
+            session.get(url, headers=headers, stream=True, timeout=timeouts) as response,
+        ):
             _check_status(response)
-            start, total = _find_place(response, have, etag)
+            start, total = _find_place(response, have, version, etag)
             size, sha256 = _find_promise(response, total, size, sha256)
             progress: dict[str, Any] = {
                 "total": size,
@@ -144,9 +160,15 @@ def _transfer(
                 tqdm.tqdm(desc=path.name, disable=None, **progress) as bar,
             ):
                 if not start:  # only now that the old part is emptied may its ETag change
-                    etag.write_text(response.headers.get("ETag", ""))
-                for block in _read_blocks(response) if start != total else ():
-                    bar.update(file.write(block))
+                    etag.write_text(response.headers.get("ETag", ""), "utf-8")
+                for block in _read_blocks(response, deadline) if start != total else ():
+                    start += file.write(block)
+                    bar.update(len(block))
+                    if size is not None and start > size:  # found out when the part is checked
+                        break
+    except DeadlineError:
+        wanted = f"{STALL_BYTES >> 10} KiB in {STALL_SECONDS:g} s"
+        raise _Broken(f"the server sent less than {wanted}") from None
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise _Broken(_find_cause(error)) from None
     return size, sha256
@@ -156,8 +178,7 @@ def _check_status(response: requests.Response) -> None:
     status = response.status_code
     reason = f"HTTP {status} {http.client.responses.get(status, '')}".strip()
     if status in (408, 429) or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise _Broken(reason, float(wait) if wait.isdigit() else None)
+        raise _Broken(reason, _read_number(response.headers.get("Retry-After")))
     if status not in (200, 206, 416):
         raise _Refused(reason)
     if status == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
@@ -166,17 +187,26 @@ def _check_status(response: requests.Response) -> None:
         raise _Refused("it is sent compressed, though asked for as it is")
 
 
-def _find_place(response: requests.Response, have: int, etag: Path) -> tuple[int, int | None]:
-    """Where in the file the body starts, and how long the whole file is."""
+def _find_place(
+    response: requests.Response, have: int, version: str, etag: Path
+) -> tuple[int, int | None]:
+    """Where in the file the body starts, and how long the whole file is.
+
+    Args:
+        have: Bytes of the part, which are from the file whose ETag is `version`.
+        etag: File that holds `version`; removed where the part cannot be continued.
+    """
     if response.status_code == 200:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() else None
+        return 0, _read_number(response.headers.get("Content-Length"))
     span, _, total = response.headers.get("Content-Range", "").partition("/")
     # The first comes with 416: an earlier run was killed after the last byte.
-    if (span == "bytes *" and total == str(have)) or span.startswith(f"bytes {have}-"):
-        return have, int(total) if total.isdigit() else None
+    fits = (span == "bytes *" and total == str(have)) or span.startswith(f"bytes {have}-")
+    # Some servers know ranges and not If-Range: what they send may be of a file that has changed.
+    if fits and response.headers.get("ETag") == version:
+        return have, _read_number(total)
     etag.unlink(missing_ok=True)  # without it the part is not continued
-    raise _Broken(f"HTTP {response.status_code} does not continue at byte {have}")
+    what = "is of another version of the file" if fits else f"does not continue at byte {have}"
+    raise _Broken(f"HTTP {response.status_code} {what}")
 
 
 def _find_promise(
@@ -184,8 +214,7 @@ def _find_promise(
 ) -> tuple[int | None, str | None]:
     """The whole file's size and sha256: the caller's word, else the hub's, else its length."""
     for answer in (*response.history, response):  # the hub says it in its redirect
-        linked_size = answer.headers.get("X-Linked-Size", "")
-        size = int(linked_size) if size is None and linked_size.isdigit() else size
+        size = _read_number(answer.headers.get("X-Linked-Size")) if size is None else size
         linked_etag = answer.headers.get("X-Linked-Etag", "").strip('"')
         sha256 = sha256 or (linked_etag if re.fullmatch("[0-9a-f]{64}", linked_etag) else None)
     if total is not None and size not in (None, total):
@@ -193,16 +222,21 @@ def _find_promise(
     return total if size is None else size, sha256
 
 
-def _read_blocks(response: requests.Response) -> Iterator[bytes]:
-    since, received = time.monotonic(), 0
+def _read_blocks(response: requests.Response, deadline: Deadline) -> Iterator[bytes]:
+    deadline.extend(STALL_SECONDS)
+    received = 0
     # read1 returns what has come in; read would wait for a full block, however slowly it trickles.
     while block := response.raw.read1(BLOCK):
         yield block
         received += len(block)
-        if (passed := time.monotonic() - since) > STALL_SECONDS:
-            if received < STALL_BYTES:
-                raise _Broken(f"only {received} bytes in {passed:.0f} s")
-            since, received = time.monotonic(), 0
+        if received >= STALL_BYTES:
+            deadline.extend(STALL_SECONDS)
+            received = 0
+
+
+def _read_number(text: str | None) -> int | None:
+    """A header's whole number; None where there is none. (`isdigit` would take a ² for one.)"""
+    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _publish(path: Path, size: int | None, sha256: str | None, check: Check | None) -> None:
@@ -238,7 +272,7 @@ def _is_intact(path: Path, size: int | None, sha256: str | None) -> bool:
         if size not in (None, path.stat().st_size):
             return False
         with contextlib.suppress(FileNotFoundError):
-            sha256 = sha256 or Path(f"{path}.sha256").read_text()[:64]
+            sha256 = sha256 or read_text(f"{path}.sha256", MOST_SMALL)[:64]
         if sha256 is not None:
             return sha256_of(path) == sha256
         return path.stat().st_size > 0 and not _is_html(path)

@@ -39,3 +39,8 @@ class IncompleteError(LightningSFTError):
 def hide_keys(text: str) -> str:
     """`text` with whatever looks like an API key starred out; messages end up in logs."""
     return KEY_SHAPE.sub("***", text)
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters spelled out, so that a terminal shows and obeys none."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

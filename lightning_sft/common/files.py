@@ -1,10 +1,13 @@
-"""Files that are whole or not there.
+"""Files that are whole or not there, and reading that ends.
 
 A name that exists holds a finished file: `atomic_write` writes a temporary file beside it and
-renames, and `append_line` adds a line that survives a kill.
+renames, and `append_line` adds a line that survives a kill. Whatever is read goes through
+`open_regular`: a pipe would be waited on for ever, and /dev/zero never ends.
 
     >>> with atomic_write("answer.txt") as file:
     ...     file.write("42")
+    >>> read_text("answer.txt")
+    '42'
 
 This module does not import torch.
 """
@@ -16,13 +19,18 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from lightning_sft.common.errors import InputError, ServiceError
 
 BLOCK = 1024 * 1024  # bytes
+MOST = (
+    2 * 1024**3
+)  # bytes of a file that is read whole; records and logs of long runs are tens of MB
+MOST_SMALL = 16 * 1024**2  # of one that holds a few settings
 
 
 def cache_dir() -> Path:
@@ -38,10 +46,80 @@ def shipped_folder() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def open_regular(path: str | Path, most: int | None = None) -> BinaryIO:
+    """Open a file for reading, if it is one and no larger than it may be.
+
+    Args:
+        most: Bytes; any size by default, for files that are read block by block or mapped.
+
+    Raises:
+        InputError: A pipe, device, socket or folder, or more than `most` bytes.
+        OSError: It is missing, or may not be read.
+    """
+    # Without waiting: to open a pipe that nobody writes into would otherwise never return.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        found = os.fstat(descriptor)  # of what was opened, not of what the name is by now
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path}: not a regular file")
+        if most is not None and found.st_size > most:
+            raise InputError(f"{path}: is over {most:,} bytes; it has {found.st_size:,}")
+        return open(descriptor, "rb")  # noqa: PTH123 - it is open already
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, most: int = MOST) -> bytes:
+    """The whole content of a regular file.
+
+    Raises:
+        InputError, OSError: As `open_regular`; also where the file grows beyond `most` meanwhile.
+    """
+    with open_regular(path, most) as file:
+        content = file.read(most + 1)
+    if len(content) > most:  # files of /proc call themselves empty
+        raise InputError(f"{path}: is over {most:,} bytes")
+    return content
+
+
+def read_text(path: str | Path, most: int = MOST) -> str:
+    """The text of a regular file in UTF-8; a byte-order mark is left out, line ends are `\\n`.
+
+    Raises:
+        InputError: As `open_regular`, or not UTF-8 (with the offset).
+        OSError: It is missing, or may not be read.
+    """
+    try:
+        text = read_bytes(path, most).decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not valid UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | Path, most: int = MOST) -> Any:
+    """The value in a JSON file, such as `write_json` makes.
+
+    Raises:
+        InputError: As `read_text`, or not JSON; however deeply a damaged file is nested.
+        OSError: It is missing, or may not be read.
+    """
+    try:
+        return json.loads(read_text(path, most))
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise InputError(f"{path}: not valid JSON ({reason})") from None
+
+
 def sha256_of(path: str | Path) -> str:
-    """The file's sha256 as 64 hexadecimal digits."""
+    """The sha256 of a regular file as 64 hexadecimal digits.
+
+    Raises:
+        InputError, OSError: As `open_regular`.
+    """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -130,7 +208,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         InputError: The file is missing, or another line is not a JSON object; names the line.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")  # the last is empty, or has no line end
+        lines = read_bytes(path).split(b"\n")  # the last is empty, or has no line end
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     records = []
@@ -168,6 +246,6 @@ def disk_error(path: Path, error: OSError) -> ServiceError:
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

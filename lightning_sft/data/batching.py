@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lightning_sft.data.loader import Batch
-from lightning_sft.data.rows import (
-    Row,
-)
+from lightning_sft.data.rows import Row
 from lightning_sft.data.tokenizer import END_OF_TEXT
 
 IGNORE_INDEX = -100  # a target of this value has no loss; torch's own default
@@ -51,13 +50,17 @@ def collate(
         `input_ids` and `targets`, both (B, T) int64.
     """
     sequences = _sequences(rows, eos_token_id, max_length)
-    longest = max(len(ids) for ids, _, _ in sequences) - 1
-    input_ids = torch.full((len(rows), longest), pad_token_id)
-    targets = torch.full((len(rows), longest), ignore_index)
-    for place, (ids, prompt_length, repeated) in enumerate(sequences):
+    longest = max(len(ids) for ids, _, _ in sequences) - 1  # the last token is a target only
+    # Figure 7.8: every row as long as the longest of its own batch, not of the whole data set.
+    input_ids = torch.full((len(rows), longest), pad_token_id)  # (B, T)
+    targets = torch.full((len(rows), longest), ignore_index)  # (B, T)
+    for place, (ids, prompt_length, is_repeat) in enumerate(sequences):
         row = torch.as_tensor(ids)
+        # Figure 7.10: the target of each token is the one behind it. What stays unwritten in
+        # `targets` is padding, which figure 7.12 sets to -100 but for the first end-of-text.
         input_ids[place, : len(ids) - 1] = row[:-1]
-        if not repeated:
+        if not is_repeat:
+            # The prompt's last token predicts the first of the answer, so it keeps its target.
             first = max(prompt_length - 1, 0) if mask_prompt else 0
             targets[place, first : len(ids) - 1] = row[first + 1 :]
     return {"input_ids": input_ids, "targets": targets}
@@ -79,8 +82,9 @@ def pack(
     state depends on its path alone, so one copy serves all rows exactly, whatever they share.
 
     Returns:
-        `input_ids` (N,) and `targets` (B, T) as in `collate`, and the layout that `GPTModel` takes:
-        `positions` (N,), `gather` (B, T), `scatter` (N,).
+        `input_ids` (N,) int64 and `targets` (B, T) as in `collate`, and the layout that `GPTModel`
+        takes, all int64: `positions` (N,), each token's place in its row; `gather` (B, T), where
+        each row's tokens are among the N; `scatter` (N,), one place of each of the N in (B, T).
     """
     padded = collate(
         rows,
@@ -89,27 +93,37 @@ def pack(
         max_length=max_length,
         mask_prompt=mask_prompt,
     )
-    width = padded["targets"].shape[1]
+    inputs = [ids[:-1] for ids, _, _ in _sequences(rows, eos_token_id, max_length)]
+    return {"targets": padded["targets"], **lay_out(inputs, share_prefix=share_prefix)}
+
+
+def lay_out(rows: Sequence[Sequence[int]], *, share_prefix: bool) -> dict[str, torch.Tensor]:
+    """Where each token of these very rows is computed, and where it is found again.
+
+    Returns:
+        `input_ids` (N,), `positions` (N,), `gather` (B, T) and `scatter` (N,), as `pack` has them.
+    """
+    width = max(map(len, rows))
+    # A node of the tree is a token behind its parent node; equal ones are one node.
     node_of: dict[tuple[int, int], int] = {}
     input_ids: list[int] = []
     positions: list[int] = []
     scatter: list[int] = []
     gather = torch.zeros(len(rows), width, dtype=torch.int64)
-    for place, (ids, _, _) in enumerate(_sequences(rows, eos_token_id, max_length)):
-        path: list[int] = []
+    for place, ids in enumerate(rows):
+        path: list[int] = []  # the nodes of this row's tokens, from its first to its last
         parent = -1 if share_prefix else -1 - place  # a root for all rows, or one for each
-        for position, token in enumerate(ids[:-1]):
+        for position, token in enumerate(ids):
             node = node_of.setdefault((parent, token), len(input_ids))
             if node == len(input_ids):
                 input_ids.append(token)
-                positions.append(position)
+                positions.append(position)  # its depth, which is its place in every row
                 scatter.append(place * width + position)
             path.append(node)
             parent = node
-        gather[place, : len(path)] = torch.tensor(path)
+        gather[place, : len(path)] = torch.tensor(path)  # the rest, 0, has no loss
     return {
         "input_ids": torch.tensor(input_ids),
-        "targets": padded["targets"],
         "positions": torch.tensor(positions),
         "gather": gather,
         "scatter": torch.tensor(scatter),
@@ -126,7 +140,7 @@ def _sequences(
         ids = [*map(int, row.ids), eos_token_id]
         if max_length is not None:
             ids = ids[: max_length + 1]  # the last input still has its target
-        sequences.append((ids, row.prompt_length, row.index < 0))
+        sequences.append((ids, row.prompt_length, row.index < 0))  # repeats even out the ranks
     return sequences
 
 
@@ -135,19 +149,28 @@ class BatchMaker:
     """Rows → one training or validation batch, with the settings of a data module.
 
     A class rather than a closure, so that worker processes can receive it.
+
+    Args:
+        max_length, mask_prompt, padding_free, share_prefix: As in `DataConfig`.
+        eos_token_id: The tokenizer's end-of-text token; closes each row and pads it.
     """
 
     max_length: int
     mask_prompt: bool
     padding_free: bool
     share_prefix: bool
+    eos_token_id: int = END_OF_TEXT
 
     def __call__(self, rows: list[Row]) -> Batch:
-        settings = {"max_length": self.max_length, "mask_prompt": self.mask_prompt}
+        settings: dict[str, Any] = {
+            "max_length": self.max_length,
+            "mask_prompt": self.mask_prompt,
+            "eos_token_id": self.eos_token_id,
+        }
         if self.padding_free or self.share_prefix:
-            batch: Batch = dict(pack(rows, share_prefix=self.share_prefix, **settings))  # type: ignore[arg-type]
+            batch: Batch = dict(pack(rows, share_prefix=self.share_prefix, **settings))
         else:
-            batch = dict(collate(rows, **settings))  # type: ignore[arg-type]
+            batch = dict(collate(rows, pad_token_id=self.eos_token_id, **settings))
         return batch | {"index": torch.tensor([row.index for row in rows])}
 
 

@@ -1,36 +1,29 @@
 """The LightningDataModule: files → splits → rows → loaders.
 
-Source: sections 7.2 to 7.5 of "Build a Large Language Model (From Scratch)".
+    >>> data = InstructionDataModule("instruction-data.json", batch_size=8, mask_prompt=True)
+    >>> next(iter(data.train_dataloader()))["input_ids"].shape
+    torch.Size([8, 61])
+
+Source: sections 7.2 to 7.5 of "Build a Large Language Model (From Scratch)"; listing 7.6 makes the
+same three loaders.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.batching import (
-    BatchMaker,
-    collate_prompts,
-)
-from lightning_sft.data.entries import (
-    BOOK_DATA_URL,
-    Entry,
-    Splits,
-    local_path,
-    read_entries,
-    split_entries,
-)
+from lightning_sft.data.batching import BatchMaker, collate_prompts
+from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
+from lightning_sft.data.counting import SplitCounts, check_answers, count_split
+from lightning_sft.data.entries import Entry, Splits, local_path
 from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader
 from lightning_sft.data.order import epoch_order
-from lightning_sft.data.prompts import PromptStyle, get_style
-from lightning_sft.data.rows import (
-    OVERLONG_POLICIES,
-    TokenRows,
-    fit_to_length,
-    tokenize_entries,
-)
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.rows import TokenRows, fit_to_length
+from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 
 
@@ -40,87 +33,63 @@ class InstructionDataModule(L.LightningDataModule):
     Args:
         path: JSON or JSONL file, URL, or the name of a file that the package ships. The chapter's
             data by default.
-        val_path: Validation entries from a file of their own; `path` is then not cut for them.
-        test_path: Likewise for test entries.
-        field_names: The file's names where they differ, e.g. `{input: context}`.
-        fractions: Shares of train, test and validation, in file order, of `path`.
-        prompt_style: `alpaca`, `phi3`, `chatml`, or a mapping with instruction, input and header.
-        header_in_prompt: Whether the response header is given (true) or generated (false).
-        mask_prompt: Loss on the answer alone (exercise 7.2).
-        max_length: Most tokens of a row.
-        overlong: What happens to longer rows.
         batch_size: Rows a micro-batch on one device.
-        drop_last: Leave out a last training batch that is not full, as the chapter does.
-        padding_free: Lay rows end to end instead of padding them.
-        share_prefix: Also compute what rows of a batch have in common once; implies
-            `padding_free`. Not with dropout, where rows need states of their own.
-        group_by_length: Rows of like length share a batch; changes the order.
-        num_workers: Processes that batch ahead.
         seed: Orders the epochs.
-        predict_split: What `predict` answers.
         predict_batch_size: Prompts answered side by side.
+        settings: All others of `DataConfig`, by name.
     """
 
     def __init__(
         self,
-        path: str = BOOK_DATA_URL,
-        batch_size: int = 8,
+        path: str = DataConfig.path,
+        batch_size: int = DataConfig.batch_size,
         seed: int = 123,
         *,
-        val_path: str | None = None,
-        test_path: str | None = None,
-        field_names: dict[str, str] | None = None,
-        fractions: tuple[float, float, float] = (0.85, 0.10, 0.05),
-        prompt_style: str | dict[str, str] = "alpaca",
-        header_in_prompt: bool = True,
-        mask_prompt: bool = False,
-        max_length: int = 1024,
-        overlong: Literal["truncate", "drop", "error"] = "truncate",
-        drop_last: bool = True,
-        padding_free: bool = False,
-        share_prefix: bool = False,
-        group_by_length: bool = False,
-        num_workers: int = 0,
-        predict_split: Literal["train", "val", "test"] = "test",
         predict_batch_size: int = 32,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(path, str) or not path:
-            raise InputError(f"data.path: {path!r} is not allowed; give a file or URL")
-        sizes = {"batch_size": batch_size, "predict_batch_size": predict_batch_size}
-        for name, value in (sizes | {"max_length": max_length}).items():
-            if value < 1:
-                raise InputError(f"data.{name}: {value} is not allowed; it must be >= 1")
-        if overlong not in OVERLONG_POLICIES:
+        if predict_batch_size < 1:
             raise InputError(
-                f"data.overlong: unknown {overlong!r}; allowed: {', '.join(OVERLONG_POLICIES)}"
+                f"data.predict_batch_size: {predict_batch_size} is not allowed; it must be >= 1"
             )
-        if num_workers < 0:
-            raise InputError(f"data.num_workers: {num_workers} is not allowed; it must be >= 0")
-        self.path, self.val_path, self.test_path = path, val_path, test_path
-        self.field_names, self.fractions = field_names, fractions
-        self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
+        # The command line finds the names, types and help of `settings` by reading this line.
+        self.config = DataConfig(path=path, batch_size=batch_size, **settings)
+        # Lightning's BatchSizeFinder sets this one.
+        self.batch_size = self.config.batch_size
+        self.seed, self.predict_batch_size = seed, predict_batch_size
+        self.style: PromptStyle = self.config.style()
+        # Another model family's tokenizer goes here, before the first loader is made.
         self.tokenizer: Tokenizer = gpt2_tokenizer()
-        self.mask_prompt, self.max_length, self.overlong = mask_prompt, max_length, overlong
-        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self.group_by_length, self.num_workers = group_by_length, num_workers
-        self.predict_split, self.predict_batch_size = predict_split, predict_batch_size
-        self.make_batch = BatchMaker(max_length, mask_prompt, padding_free, share_prefix)
-        self.entries: Splits | None = None
         self.answered: frozenset[int] = frozenset()  # entries that `predict` need not answer again
+        self._data: DataSet | None = None
+        # Splits are tokenized when first asked for: `test` in a run that only trains, never.
         self._rows: dict[str, TokenRows] = {}
+        self._counts: dict[str, SplitCounts] = {}
+
+    @property
+    def make_batch(self) -> BatchMaker:
+        """Rows → batch, for training and validation."""
+        return BatchMaker(
+            self.config.max_length,
+            self.config.mask_prompt,
+            self.config.padding_free,
+            self.config.share_prefix,
+            self.tokenizer.eos_token_id,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What the order and content of the batches depend on, for a checkpoint to compare."""
+        # Where this epoch stands is in the loader's own state; here is what must not change.
         trainer = self.trainer
         return {
             "data": self.rows("train").fingerprint(),
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "mask_prompt": self.mask_prompt,
-            "max_length": self.max_length,
-            "drop_last": self.drop_last,
-            "group_by_length": self.group_by_length,
+            "mask_prompt": self.config.mask_prompt,
+            "max_length": self.config.max_length,
+            "drop_last": self.config.drop_last,
+            "group_by_length": self.config.group_by_length,
             "devices": trainer.world_size if trainer else 1,
             "accumulate_grad_batches": trainer.accumulate_grad_batches if trainer else 1,
         }
@@ -147,79 +116,102 @@ class InstructionDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download what is a URL; one process a node does it for all. Assigns nothing."""
-        for path in (self.path, self.val_path, self.test_path):
-            if path is not None:
-                local_path(path)
+        for path in self.config.files():
+            local_path(path)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and cut the entries; tokenizing waits for the first loader that needs a split."""
-        if self.entries is None:
-            self.entries = self._read_splits(require_output=stage != "predict")
+        """Read and cut the entries. `fit` also tokenizes, and says what it will train on.
+
+        Raises:
+            InputError: The data is wrong, or teaches no answers.
+        """
+        if self._data is None:
+            self._data = self.config.read(require_output=stage != "predict")
+            self._say(*describe_skipped(self._data.skipped))
+        if stage == "fit":
+            self._say(*self._describe())
+
+    @property
+    def entries(self) -> Splits:
+        """The entries of the three splits; reads the data if no one has yet."""
+        self.setup()
+        assert self._data is not None
+        return self._data.splits
+
+    def split(self, name: str) -> list[Entry]:
+        """The entries of `train`, `val` or `test`."""
+        return getattr(self.entries, name)
 
     def rows(self, split: str) -> TokenRows:
         """The tokenized rows of `train`, `val` or `test` that take part in training.
 
         Raises:
-            InputError: A row breaks the length policy.
+            InputError: A row breaks the length policy, or most rows lost their answer to it.
         """
         if split not in self._rows:
+            where, config = f"{split} split", self.config
             rows = tokenize_entries(self.split(split), self.style, self.tokenizer)
-            self._rows[split] = kept = fit_to_length(
+            self._rows[split] = fit_to_length(
                 rows,
-                max_length=self.max_length,
-                overlong=self.overlong,
-                mask_prompt=self.mask_prompt,
-                where=f"{split} split",
+                max_length=config.max_length,
+                overlong=config.overlong,
+                mask_prompt=config.mask_prompt,
+                where=where,
             )
-            too_long = int((rows.lengths > self.max_length).sum())
-            if too_long and (self.trainer is None or self.trainer.is_global_zero):
-                what = "left out" if len(kept) < len(rows) else f"cut to {self.max_length} tokens"
-                print(f"{split} split: {too_long} of {len(rows)} entries are {what}")
+            self._counts[split] = count_split(rows, config, self.style, self.tokenizer)
+            check_answers(self._counts[split], config, where)
         return self._rows[split]
 
-    def split(self, name: str) -> list[Entry]:
-        """The entries of `train`, `val` or `test`; reads the data if no one has yet."""
-        self.setup()
-        assert self.entries is not None
-        return getattr(self.entries, name)
+    def count(self, split: str) -> SplitCounts:
+        """What an epoch of a split holds."""
+        self.rows(split)
+        return self._counts[split]
 
     def train_dataloader(self) -> TrainLoader:
-        rows = self.rows("train")
+        """Batches in the seeded order of the trainer's epoch, this rank's share of them."""
+        rows, config = self.rows("train"), self.config
         return TrainLoader(
             rows,
             self.make_batch,
-            num_targets=rows.count_targets(self.max_length, self.mask_prompt),
-            num_tokens=rows.lengths.clip(max=self.max_length),
+            num_targets=rows.count_targets(config.max_length, config.mask_prompt),
+            num_tokens=rows.lengths.clip(max=config.max_length),
+            lengths=rows.lengths,
             batch_size=self.batch_size,
             seed=self.seed,
             current_epoch=lambda: self.trainer.current_epoch if self.trainer else 0,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
-            drop_last=self.drop_last,
-            group_by_length=self.group_by_length,
-            num_workers=self.num_workers,
+            drop_last=config.drop_last,
+            group_by_length=config.group_by_length,
+            num_workers=config.num_workers,
             **self._device_settings(),
         )
 
     def val_dataloader(self) -> EvalLoader:
+        """The validation split in file order, every row once."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
+        """The test split in file order, every row once."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader:
         """Prompts of the split to answer, those of like length together."""
-        rows = tokenize_entries(self.split(self.predict_split), self.style, self.tokenizer)
+        rows = tokenize_entries(self.split(self.config.predict_split), self.style, self.tokenizer)
+        # A loader must not be empty: where all is answered, one entry is answered again.
         wanted = [int(i) for i in rows.indices if int(i) not in self.answered] or [0]
+        # Rows of like length finish together; the response writer restores the file's order.
         by_length = sorted(wanted, key=lambda place: int(rows.prompt_lengths[place]))
         rows = TokenRows.from_rows([rows[place] for place in by_length])
         settings = self._device_settings() | {"pin_memory": False}  # lists, no tensors
         return EvalLoader(rows, collate_prompts, batch_size=self.predict_batch_size, **settings)
 
     def first_batches(self, split: str, count: int) -> list[Batch]:
-        """The first batches of a split, of epoch 0 for training, on any number of devices alike."""
-        rows = self.rows(split)
+        """The first batches of a split, of epoch 0 for training, on any number of devices alike.
+
+        The chapter's loss curve is measured on these (`eval_iter=5` of listing 7.8).
+        """
+        rows, size = self.rows(split), self.batch_size
         order = epoch_order(len(rows), self.seed, 0) if split == "train" else list(range(len(rows)))
-        size = self.batch_size
         places = [order[k : k + size] for k in range(0, min(len(order), count * size), size)]
         return [self.make_batch([rows[place] for place in part]) for part in places]
 
@@ -228,7 +220,7 @@ class InstructionDataModule(L.LightningDataModule):
             self.rows(split),
             self.make_batch,
             batch_size=self.batch_size,
-            num_workers=self.num_workers,
+            num_workers=self.config.num_workers,
             **self._device_settings(),
         )
 
@@ -244,20 +236,22 @@ class InstructionDataModule(L.LightningDataModule):
             "pin_memory": on_cuda,
         }
 
-    def _read_splits(self, require_output: bool) -> Splits:
-        def read(path: str) -> list[Entry]:
-            return read_entries(path, field_names=self.field_names, require_output=require_output)
+    def _describe(self) -> list[str]:
+        """Three lines: entries of each split; tokens; rows that are cut."""
+        train, val = self.count("train"), self.count("val")
+        policy = {"truncate": "cut to", "drop": "left out as over", "error": "over"}
+        what = policy[self.config.overlong]
+        return [
+            f"data: {train.entries:,} training, {val.entries:,} validation and "
+            f"{len(self.split('test')):,} test entries",
+            f"tokens: {train.tokens:,} of training, {train.supervised:,} of them supervised; "
+            f"{val.tokens:,} of validation, {val.supervised:,} supervised",
+            f"rows: {len(train.overlong)} of training and {len(val.overlong)} of validation are "
+            f"{what} {self.config.max_length:,} tokens; {len(train.answerless)} and "
+            f"{len(val.answerless)} of them end before their answer begins",
+        ]
 
-        entries = read(self.path)
-        val = read(self.val_path) if self.val_path else None
-        test = read(self.test_path) if self.test_path else None
-        if val is not None and test is not None:
-            return Splits(train=entries, test=test, val=val)
-        own = [name for name, found in (("val", val), ("test", test)) if found is not None]
-        parts = split_entries(entries, self.fractions, may_be_empty=own)
-        if val is None and test is None:
-            return parts
-        # One split has a file of its own: its share of `path` goes to training.
-        if val is not None:
-            return Splits(train=parts.train + parts.val, test=parts.test, val=val)
-        return Splits(train=parts.train + parts.test, test=test or [], val=parts.val)
+    def _say(self, *lines: str) -> None:
+        """Print, on one of the processes of a run."""
+        if lines and (self.trainer is None or self.trainer.is_global_zero):
+            print("\n".join(lines))

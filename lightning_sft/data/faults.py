@@ -13,63 +13,37 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.config import DataConfig
+from lightning_sft.data.config import DataConfig, listed
+from lightning_sft.data.counting import SplitCounts
 from lightning_sft.data.entries import Entry, Splits
 from lightning_sft.data.prompts import STYLES, PromptStyle
-from lightning_sft.data.rows import TokenRows
-
-NAMED = 8  # entries that a finding lists before it says how many more there are
 
 
-class Counts(NamedTuple):
-    """What the table says of one split; lists hold the entries' places in it."""
-
-    entries: int
-    tokens: int
-    supervised: int
-    longest: int
-    overlong: list[int]
-    without_target: list[int]
-    repeated: list[int]
-    headers: list[int]
-
-
-def count(
-    entries: Sequence[Entry], rows: TokenRows, data: DataConfig, headers: Collection[str]
-) -> Counts:
-    """Count what training would take of a split.
-
-    Args:
-        headers: Texts that have a meaning in a prompt; an entry that holds one blurs it.
-    """
-    used = kept(rows, data)
-    targets = rows.count_targets(data.max_length, data.mask_prompt)
-    supervised = used.count_targets(data.max_length, data.mask_prompt)
+def find_repeats(entries: Sequence[Entry]) -> list[int]:
+    """Places of entries whose instruction and input an earlier entry has as well."""
+    # Not the output: two answers to one question are still one question, asked twice.
     seen: set[tuple[str, str]] = set()
-    repeated = [place for place, entry in enumerate(entries) if is_known(entry, seen)]
-    return Counts(
-        entries=len(entries),
-        tokens=int(used.lengths.clip(max=data.max_length).sum()),
-        supervised=int(supervised.clip(min=0).sum()),
-        longest=int(rows.lengths.max()),
-        overlong=np.flatnonzero(rows.lengths > data.max_length).tolist(),
-        without_target=np.flatnonzero(targets <= 0).tolist(),
-        repeated=repeated,
-        headers=[
-            place
-            for place, entry in enumerate(entries)
-            if any(header in "\n".join(_texts(entry)) for header in headers)
-        ],
-    )
+    repeats = []
+    for place, entry in enumerate(entries):
+        if _prompt(entry) in seen:
+            repeats.append(place)
+        seen.add(_prompt(entry))
+    return repeats
+
+
+def find_header_texts(entries: Sequence[Entry], headers: Collection[str]) -> list[int]:
+    """Places of entries that hold a text with a meaning in prompts, which blurs their own."""
+    return [
+        place
+        for place, entry in enumerate(entries)
+        if any(header in "\n".join(_texts(entry)) for header in headers)
+    ]
 
 
 def find_headers(style: PromptStyle) -> set[str]:
@@ -79,14 +53,9 @@ def find_headers(style: PromptStyle) -> set[str]:
         for known in (*STYLES.values(), style)
         for template in (known.instruction, known.input, known.header)
     ]
+    # A heading alone on its line, such as "### Response:"; lines with a place for text vary.
     lines = {line.strip() for template in templates for line in template.split("\n")}
     return {line for line in lines if line and "{" not in line}
-
-
-def kept(rows: TokenRows, data: DataConfig) -> TokenRows:
-    """The rows that stay in training: with `overlong: drop` the long ones do not."""
-    fits = rows.lengths <= data.max_length
-    return rows.select(fits) if data.overlong == "drop" and fits.any() else rows
 
 
 def find_leaks(splits: Splits) -> dict[tuple[str, str], list[int]]:
@@ -106,25 +75,28 @@ def find_leaks(splits: Splits) -> dict[tuple[str, str], list[int]]:
     }
 
 
-def find_faults(splits: Splits, counts: dict[str, Counts], data: DataConfig) -> list[str]:
+def find_faults(splits: Splits, counts: Mapping[str, SplitCounts], config: DataConfig) -> list[str]:
     """What someone should look at before training, one line each."""
     policy = {"truncate": "are cut", "drop": "are left out", "error": "make fit refuse the data"}
+    long = f"are longer than max_length {config.max_length} and {policy[config.overlong]}"
+    headers = find_headers(config.style())
     faults = []
-    for name, c in counts.items():
+    for name, entries in zip(Splits._fields, splits, strict=True):
         for places, what in (
+            (counts[name].overlong, long),
+            (counts[name].answerless, "are cut before their answer begins"),
+            (counts[name].without_target, "have no target left, which fit refuses"),
+            (find_repeats(entries), "repeat an earlier one's instruction and input"),
             (
-                c.overlong,
-                f"are longer than max_length {data.max_length} and {policy[data.overlong]}",
+                find_header_texts(entries, headers),
+                "hold a prompt header such as '### Response:' in their text",
             ),
-            (c.without_target, "have no target left, which fit refuses"),
-            (c.repeated, "repeat an earlier one's instruction and input"),
-            (c.headers, "hold a prompt header such as '### Response:' in their text"),
         ):
-            if places:
-                faults.append(f"{len(places)} {name} entries {what}: {_listed(places)}")
+            if len(places):
+                faults.append(f"{len(places)} {name} entries {what}: {listed(list(places))}")
     for (name, other), places in find_leaks(splits).items():
         if places:
-            faults.append(f"{len(places)} {name} prompts are also in {other}: {_listed(places)}")
+            faults.append(f"{len(places)} {name} prompts are also in {other}: {listed(places)}")
     return faults
 
 
@@ -134,11 +106,13 @@ def clean(splits: Splits) -> Splits:
     The evaluation splits are small and keep what they have, so that scores stay comparable with
     those of the uncleaned data; what they hold leaves train, where it is missed least.
     """
-    seen: set[tuple[str, str]] = set()
-    parts = {
-        name: [entry for entry in getattr(splits, name) if not is_known(entry, seen)]
-        for name in ("test", "val", "train")
-    }
+    entries = [*splits.test, *splits.val, *splits.train]  # who comes first keeps the prompt
+    repeats = set(find_repeats(entries))
+    parts, begin = {}, 0
+    for name in ("test", "val", "train"):
+        end = begin + len(getattr(splits, name))
+        parts[name] = [entries[place] for place in range(begin, end) if place not in repeats]
+        begin = end
     return Splits(**parts)
 
 
@@ -155,6 +129,7 @@ def write_clean(folder: Path, splits: Splits) -> None:
     for name, part in zip(Splits._fields, cleaned, strict=True):
         if not part:
             raise InputError(f"fix: the {name} split would stay empty; its prompts are elsewhere")
+    # Written beside and renamed, so that the folder holds all three files or is not there.
     staging = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         staging.mkdir(parents=True)
@@ -183,15 +158,3 @@ def _prompt(entry: Entry) -> tuple[str, str]:
 
 def _texts(entry: Entry) -> tuple[str, str, str]:
     return entry.instruction, entry.input, entry.output
-
-
-def is_known(entry: Entry, seen: set[tuple[str, str]]) -> bool:
-    """Whether the prompt was seen before; from now on it is."""
-    known = _prompt(entry) in seen
-    seen.add(_prompt(entry))
-    return known
-
-
-def _listed(places: list[int]) -> str:
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return ", ".join(map(str, places[:NAMED])) + more

@@ -1,9 +1,7 @@
-"""The order of batches: a function of seed and epoch alone, shared by ranks, resumable anywhere.
+"""Loaders: batches in the order of `order.py`, shared by ranks, resumable anywhere.
 
-The permutation of epoch `e` equals what `DataLoader(shuffle=True)` yields after
-`torch.manual_seed(seed)` when nothing else draws, so seed 123 gives the chapter's printed batch
-shapes. Nothing has to be stored to go on in the middle of an epoch but how many batches were
-handed out.
+They stand where the chapter has torch's `DataLoader` (listing 7.6), and use it inside. Nothing has
+to be stored to go on in the middle of an epoch but how many batches were handed out.
 
 A batch also says how many tokens it holds on all ranks, and how many supervised tokens its
 whole optimizer step holds, over the accumulation window and all ranks: `module.py` divides by that
@@ -20,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.order import epoch_order
+from lightning_sft.data.order import BatchOrder, MicroBatch, deal, sum_batches, sum_steps
 from lightning_sft.data.rows import Row
 
 Batch = dict[str, Any]
@@ -44,14 +42,11 @@ class TrainLoader:
         rows: The training split.
         collate: Rows → batch.
         num_targets, num_tokens: (rows,) supervised tokens and input tokens of each row.
-        batch_size: Rows a micro-batch on one rank.
-        seed: Orders the epochs.
+        lengths: (rows,) what `group_by_length` sorts by; `num_tokens` by default.
+        batch_size, seed, world_size, drop_last, group_by_length: As in `BatchOrder`.
         current_epoch: Asked at the start of each pass.
-        rank, world_size: This process and how many share the order. Micro-batch `k` of all ranks
-            together holds the entries `[k·R·B, (k+1)·R·B)` of the order; ranks take consecutive
-            slices of it.
+        rank: This process among the `world_size` that share the order.
         accumulate: Micro-batches per optimizer step.
-        drop_last: Leave out the last incomplete micro-batch, as the chapter does.
         num_workers, pin_memory: As in torch's `DataLoader`.
     """
 
@@ -62,6 +57,7 @@ class TrainLoader:
         *,
         num_targets: np.ndarray,
         num_tokens: np.ndarray,
+        lengths: np.ndarray | None = None,
         batch_size: int,
         seed: int,
         current_epoch: Callable[[], int] = lambda: 0,
@@ -79,24 +75,23 @@ class TrainLoader:
             )
         self.rows, self.collate = rows, collate
         self.num_targets, self.num_tokens = num_targets, num_tokens
-        self.batch_size, self.seed, self.accumulate = batch_size, seed, accumulate
-        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
-        self.group_by_length, self.current_epoch = group_by_length, current_epoch
+        self.order = BatchOrder(
+            num_tokens if lengths is None else lengths,
+            batch_size=batch_size,
+            seed=seed,
+            world_size=world_size,
+            drop_last=drop_last,
+            group_by_length=group_by_length,
+        )
+        self.accumulate, self.rank, self.current_epoch = accumulate, rank, current_epoch
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self._handed_out = 0
         self._epoch = 0
         self._resume_at: tuple[int, int] | None = None  # (epoch, batches already handed out)
-        if not len(self):
-            raise InputError(
-                f"data.batch_size: {batch_size} on {world_size} device(s) needs at least "
-                f"{batch_size * world_size} training entries, there are {len(rows)}; give a "
-                "smaller batch_size or set data.drop_last to false"
-            )
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, also after a resume in its middle."""
-        together = self.batch_size * self.world_size
-        return len(self.rows) // together if self.drop_last else -(-len(self.rows) // together)
+        return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
         self._epoch = self.current_epoch()
@@ -122,38 +117,17 @@ class TrainLoader:
             counts = {"num_tokens": num_tokens[place], "step_targets": step_targets[place]}
             yield batch | counts
 
-    def plan(self, epoch: int) -> list[list[list[int]]]:
+    def plan(self, epoch: int) -> list[MicroBatch]:
         """Places of the rows by micro-batch and rank. Ragged ends are filled with repeats (< 0)."""
-        order = epoch_order(len(self.rows), self.seed, epoch)
-        together = self.batch_size * self.world_size
-        micro_batches = [order[k * together : (k + 1) * together] for k in range(len(self))]
-        if self.group_by_length:
-            micro_batches = self._grouped(order, together, epoch)
-        return [deal(places, self.world_size) for places in micro_batches]
+        return self.order.plan(epoch)
 
-    def count_tokens(self, plan: list[list[list[int]]]) -> list[int]:
+    def count_tokens(self, plan: list[MicroBatch]) -> list[int]:
         """Input tokens of each micro-batch, on all ranks together."""
-        return [_total(self.num_tokens, parts) for parts in plan]
+        return sum_batches(self.num_tokens, plan)
 
-    def count_step_targets(self, plan: list[list[list[int]]]) -> list[int]:
+    def count_step_targets(self, plan: list[MicroBatch]) -> list[int]:
         """Supervised tokens of the optimizer step that each micro-batch belongs to."""
-        counts = [_total(self.num_targets, parts) for parts in plan]
-        size = self.accumulate
-        steps = [sum(counts[k : k + size]) for k in range(0, len(counts), size)]
-        return [steps[k // size] for k in range(len(counts))]
-
-    def _grouped(self, order: list[int], together: int, epoch: int) -> list[list[int]]:
-        """Like lengths share a batch: sort within windows of 50 batches, shuffle the batches."""
-        window = 50 * together
-        kept = order[: len(self) * together]
-        batches = []
-        for begin in range(0, len(kept), window):
-            part = sorted(kept[begin : begin + window], key=lambda place: len(self.rows[place].ids))
-            batches += [part[k : k + together] for k in range(0, len(part), together)]
-        # The short batch of an epoch stays last, where its optimizer step expects it.
-        short = [batch for batch in batches if len(batch) < together]
-        full = [batch for batch in batches if len(batch) == together]
-        return [full[k] for k in epoch_order(len(full), self.seed + 1, epoch)] + short
+        return sum_steps(sum_batches(self.num_targets, plan), self.accumulate)
 
     def state_dict(self) -> dict[str, int]:
         """Where this epoch stands: plain integers."""
@@ -186,10 +160,11 @@ class EvalLoader:
         pin_memory: bool = False,
     ) -> None:
         together = batch_size * world_size
-        places = list(range(len(rows)))
+        places = list(range(len(rows)))  # in file order: nothing is learned from these batches
         chunks = [places[k : k + together] for k in range(0, len(places), together)]
         self._loader = DataLoader(
             _Rows(rows),
+            # A ready list of lists of places takes the part of torch's sampler.
             batch_sampler=[deal(chunk, world_size)[rank] for chunk in chunks],
             collate_fn=collate,
             generator=torch.Generator().manual_seed(0),
@@ -202,18 +177,3 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
-
-
-def deal(places: list[int], world_size: int) -> list[list[int]]:
-    """Cut places into one consecutive, equally long part per rank, filling up with repeats.
-
-    A repeat of place `p` is written `~p`. One process needs no filling.
-    """
-    size = -(-len(places) // world_size)
-    filled = places + [~places[-1]] * (size * world_size - len(places))
-    return [filled[rank * size : (rank + 1) * size] for rank in range(world_size)]
-
-
-def _total(counts: np.ndarray, parts: list[list[int]]) -> int:
-    """Sum over one micro-batch's rows on all ranks, repeats left out."""
-    return sum(int(counts[place]) for part in parts for place in part if place >= 0)

@@ -60,10 +60,12 @@ class PromptStyle:
 
     def split(self, entry: Entry) -> tuple[str, str]:
         """The two texts whose concatenation is the whole training text."""
+        # Listing 7.2. Not `str.format`: braces in an entry's own text are text.
         question = self.instruction.replace("{instruction}", entry.instruction)
-        if entry.input:
+        if entry.input:  # figure 7.4: without one its heading is left out as well
             question += self.input.replace("{input}", entry.input)
         answer = entry.output + self.end
+        # Whoever supplies the header decides where masking and generation begin.
         if self.header_in_prompt:
             return question + self.header, answer
         return question, self.header + answer
@@ -83,7 +85,7 @@ class PromptStyle:
         Only what the model was trained to write around an answer is removed, once and at its
         place: a header inside the answer stays (the chapter's `.replace` would cut it out).
         """
-        answer = generated.strip()
+        answer = generated.strip()  # as listing 7.9 does
         if not self.header_in_prompt:
             answer = answer.removeprefix(self.header.strip()).strip()
         if self.end.strip():
@@ -120,6 +122,18 @@ def get_style(
     return PromptStyle(**style, header_in_prompt=header_in_prompt)
 
 
+def style_of_run(data: Mapping[str, Any]) -> str | dict[str, Any]:
+    """The prompt style that the `data` section of a run's own `config.yaml` stands for.
+
+    Version 0.1.0 put `phi3`'s input on a line of its own. Its configs have no `empty_output`.
+    """
+    style = data.get("prompt_style", "alpaca")
+    if style != "phi3" or "empty_output" in data:
+        return style
+    texts = dataclasses.asdict(STYLES["phi3"]) | {"input": "\n{input}"}
+    return {name: text for name, text in texts.items() if name != "header_in_prompt"}
+
+
 def _check_template(style: str, field: str, template: str) -> None:
     """Allow the one placeholder, once. Anything else in braces would be a typing error."""
     try:
@@ -134,6 +148,7 @@ def _check_template(style: str, field: str, template: str) -> None:
         )
 
 
+# The first is figure 7.4's left side and the chapter's own; the second its right side.
 STYLES = {
     style.name: style
     for style in (
@@ -147,13 +162,14 @@ STYLES = {
             input="\n\n### Input:\n{input}",
             header="\n\n### Response:\n",
         ),
-        # Figure 7.4's layout. Microsoft's own template closes turns with <|end|>, and the code of
-        # exercise 7.1 has "\n<|assistant|>:\n"; neither is what the figure shows. GPT-2 knows none
-        # of these markers as single tokens: they are plain text to it.
+        # Figure 7.4's layout, the input on the instruction's line. (The figure also rewords the
+        # sentence around it, which no template can.) Microsoft's own template closes turns with
+        # <|end|>, and the code of exercise 7.1 has "\n<|assistant|>:\n"; neither is what the
+        # figure shows. GPT-2 knows none of these markers as single tokens: they are plain text.
         PromptStyle(
             name="phi3",
             instruction="<|user|>\n{instruction}",
-            input="\n{input}",
+            input=" {input}",
             header="\n\n<|assistant|>\n",
         ),
         PromptStyle(

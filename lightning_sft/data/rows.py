@@ -1,11 +1,10 @@
 """Entries → token ids, kept as one flat array: `Row`, `tokenize`, `TokenRows`.
 
-A row holds prompt and response without the end-of-text token; batching adds exactly one. A large
-set is tokenized once and kept in the cache, keyed by entries, tokenizer and style, where every
-process maps the same file instead of holding a copy.
+Figure 7.7 draws the two steps: lay an entry out as text, encode the text. A row holds prompt and
+response without the end-of-text token; batching adds exactly one.
 
-    >>> rows = tokenize_entries(entries, get_style("alpaca"), gpt2_tokenizer())
-    >>> rows[0].ids, rows[0].prompt_length
+    >>> row = tokenize(entries[0], get_style("alpaca"), gpt2_tokenizer())
+    >>> row.ids, row.prompt_length
 
 Source: listing 7.4 of "Build a Large Language Model (From Scratch)". This module does not import
 torch.
@@ -15,22 +14,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.tokenizer import Tokenizer
-
-# Below this, tokenizing takes less than a second and a file would only be clutter.
-CACHE_FROM_ENTRIES = 5_000
-OVERLONG_POLICIES = ("truncate", "drop", "error")
 
 
 class Row(NamedTuple):
@@ -56,6 +49,7 @@ def tokenize(entry: Entry, style: PromptStyle, tokenizer: Tokenizer, index: int 
     """
     prompt, response = style.split(entry)
     prompt_ids = tokenizer.encode(prompt)
+    # Encoded as one text, a token could span the boundary, and the mask would cut through it.
     return Row(prompt_ids + tokenizer.encode(response), len(prompt_ids), index)
 
 
@@ -76,6 +70,7 @@ class TokenRows(Sequence[Row]):
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> TokenRows:
+        """Lay rows end to end: 4 bytes a token, where lists of integers take 8 and more."""
         lengths = [len(row.ids) for row in rows]
         flat = np.fromiter((token for row in rows for token in row.ids), np.int32, sum(lengths))
         return cls(
@@ -89,6 +84,7 @@ class TokenRows(Sequence[Row]):
         return len(self.prompt_lengths)
 
     def __getitem__(self, place: int) -> Row:  # type: ignore[override]
+        # Made anew at each access, so that worker processes share arrays and not Python objects.
         ids = self.ids[self.offsets[place] : self.offsets[place + 1]]
         return Row(ids, int(self.prompt_lengths[place]), int(self.indices[place]))  # type: ignore[arg-type]
 
@@ -110,27 +106,11 @@ class TokenRows(Sequence[Row]):
 
     def fingerprint(self) -> str:
         """A digest of ids and boundaries: equal exactly where two sets train alike."""
+        # A checkpoint keeps it: going on with other rows would not be going on.
         digest = hashlib.sha256()
         for array in (self.ids, self.offsets, self.prompt_lengths):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
-
-
-def tokenize_entries(
-    entries: Sequence[Entry], style: PromptStyle, tokenizer: Tokenizer
-) -> TokenRows:
-    """Tokenize a split; a large one only once, from then on read from the cache."""
-    if len(entries) < CACHE_FROM_ENTRIES:
-        return TokenRows.from_rows(
-            [tokenize(entry, style, tokenizer, index) for index, entry in enumerate(entries)]
-        )
-    folder = files.cache_dir() / "tokens" / _cache_key(entries, style, tokenizer)
-    if not (folder / "done").exists():
-        with files.lock(folder):
-            if not (folder / "done").exists():
-                rows = [tokenize(entry, style, tokenizer, i) for i, entry in enumerate(entries)]
-                _save(TokenRows.from_rows(rows), folder)
-    return _load(folder)
 
 
 def fit_to_length(
@@ -147,7 +127,7 @@ def fit_to_length(
     Raises:
         InputError: Names the first offending entry, or says that no row is left.
     """
-    too_long = rows.lengths > max_length
+    too_long = rows.lengths > max_length  # (rows,)
     if overlong == "error" and too_long.any():
         first = int(np.flatnonzero(too_long)[0])
         raise InputError(
@@ -159,6 +139,7 @@ def fit_to_length(
         rows = rows.select(~too_long) if too_long.any() else rows
         if not len(rows):
             raise InputError(f"{where}: every entry is longer than max_length {max_length}")
+    # Its mean loss would be 0 / 0, and the weights NaN after one step.
     without = np.flatnonzero(rows.count_targets(max_length, mask_prompt) <= 0)
     if len(without):
         first = int(without[0])
@@ -168,31 +149,3 @@ def fit_to_length(
             "data.max_length or set data.overlong to drop"
         )
     return rows
-
-
-def _cache_key(entries: Sequence[Entry], style: PromptStyle, tokenizer: Tokenizer) -> str:
-    # The name says nothing about the text; two styles that write alike may share a file.
-    digest = hashlib.sha256(repr((tokenizer.name, replace(style, name=""))).encode())
-    for entry in entries:
-        # Lengths first, so that moving a character between fields changes the key.
-        texts = (entry.instruction, entry.input, entry.output)
-        digest.update(repr([len(text) for text in texts]).encode())
-        digest.update("".join(texts).encode())
-    return digest.hexdigest()[:32]
-
-
-_ARRAYS = ("ids", "offsets", "prompt_lengths", "indices")
-
-
-def _save(rows: TokenRows, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _ARRAYS:
-        with files.atomic_write(folder / f"{name}.npy", "wb") as file:
-            np.save(file, getattr(rows, name))
-    # Written last: a folder without it was not finished.
-    files.write_json(folder / "done", {"rows": len(rows)})
-
-
-def _load(folder: Path) -> TokenRows:
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-    return TokenRows(**arrays)

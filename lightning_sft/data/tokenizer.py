@@ -37,7 +37,7 @@ _SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 class Tokenizer(Protocol):
-    """What the data path needs of a tokenizer."""
+    """What is asked of a tokenizer; `token_bytes` only where text is shown as it is written."""
 
     @property
     def name(self) -> str: ...
@@ -47,6 +47,7 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
+    def token_bytes(self, token: int) -> bytes: ...
 
 
 class GPT2Tokenizer:

@@ -1,9 +1,9 @@
 """Rows decoded side by side over one key-value cache, which may join and leave between steps.
 
-`generation.decode` answers one batch from beginning to end; `engine.py` lets requests come and go.
-Both sample the tokens themselves, from `Batch.logits`.
+`generation.decode` answers one batch from beginning to end; the server's engine lets requests come
+and go. Both sample the tokens themselves, from `RunningBatch.logits`.
 
-    >>> batch = Batch(model)
+    >>> batch = RunningBatch(model)
     >>> batch.join([tokenizer.encode("Hello")])
     >>> batch.feed(batch.logits.argmax(-1))
 """
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from lightning_sft.data.batching import pack
+from lightning_sft.data.batching import lay_out
 from lightning_sft.models.cache import KVCache
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.layers import PackedLayout
 
 
-class Batch:
+class RunningBatch:
     """The rows under way: what they have seen, and what they may say next.
 
     The model must be in evaluation mode. `logits` (B, V) are those of every row's next token.
@@ -34,22 +34,31 @@ class Batch:
     def __init__(self, model: GPTModel, max_length: int | None = None) -> None:
         self.model = model
         self.max_length = max_length
-        self.cache: KVCache | None = None
+        self.cache: KVCache | None = None  # None holds no rows, and no memory
         self.logits = torch.empty(0)
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read prompts, what they begin with in common once, as new rows behind the old ones."""
-        fresh = self._new_cache(len(prompts), max(map(len, prompts)))
-        logits = self._read(prompts, fresh)
-        if self.cache is None:
-            self.cache, self.logits = fresh, logits
+        newcomers = RunningBatch(self.model, self.max_length)
+        newcomers.cache = self._new_cache(len(prompts), max(map(len, prompts)))
+        newcomers.logits = self._read(prompts, newcomers.cache)
+        self.absorb(newcomers)
+
+    @torch.inference_mode()
+    def absorb(self, other: RunningBatch) -> None:
+        """Take over another batch's rows, behind the old ones."""
+        if other.cache is None:
             return
-        rows = len(self.cache.lengths) + len(prompts)
-        longest = max(self.cache.longest, fresh.longest)
-        self._make_room(self.cache, rows, longest)
-        self.cache.join(fresh)
-        self.logits = torch.cat([self.logits, logits])
+        if self.cache is None:
+            self.cache, self.logits = other.cache, other.logits
+            return
+        # First what may fail for want of memory; until it is there, nothing of this batch changes.
+        logits = torch.cat([self.logits, other.logits])
+        rows = len(self.cache.lengths) + len(other.cache.lengths)
+        self._make_room(self.cache, rows, max(self.cache.longest, other.cache.longest))
+        self.cache.join(other.cache)
+        self.logits = logits
 
     @torch.inference_mode()
     def feed(self, tokens: torch.Tensor, going_on: Sequence[int] | None = None) -> list[int]:
@@ -59,18 +68,18 @@ class Batch:
             For each row its place before: the last rows fill the gaps of those that left.
         """
         assert self.cache is not None
-        slots = list(range(len(tokens)))
+        slots = list(range(len(tokens)))  # the old slot of each row
         if going_on is not None and len(going_on) < len(tokens):
             slots = _close_gaps(going_on)
             if not slots:
-                self.cache, self.logits = None, torch.empty(0)
+                self.cache, self.logits = None, torch.empty(0)  # memory is given back
                 return []
             kept = torch.tensor(slots, device=tokens.device)
             tokens = tokens[kept]
             self.cache.select(kept)
         self._make_room(self.cache, len(slots), self.cache.longest + 1)
-        hidden = self.model.hidden_states(tokens[:, None], cache=self.cache)
-        self.logits = self.model.out_head(hidden[:, -1])
+        hidden = self.model.hidden_states(tokens[:, None], cache=self.cache)  # (B, 1, D)
+        self.logits = self.model.out_head(hidden[:, -1])  # (B, V)
         return slots
 
     def _read(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
@@ -78,6 +87,7 @@ class Batch:
         device = self.model.tok_emb.weight.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         hidden, places = read_rows(self.model, prompts, cache=cache, row_lengths=lengths)
+        # Only a prompt's last token says something about what comes next: the head sees no other.
         last = places[torch.arange(len(prompts), device=device), lengths - 1]
         return self.model.out_head(hidden[last])
 
@@ -113,14 +123,18 @@ def read_rows(
         Hidden states (N, D), and where in them each row's tokens are (B, T).
     """
     device = model.tok_emb.weight.device
-    # `pack` makes inputs of all but a row's last token, which here is the end-of-text it added.
-    packed = {k: v.to(device) for k, v in pack(rows, share_prefix=True).items()}
+    # N tokens of the rows' prefix tree instead of B · T: the instruction template that opens every
+    # prompt is read once for all of them.
+    packed = {k: v.to(device) for k, v in lay_out(rows, share_prefix=True).items()}
     layout = PackedLayout(packed["positions"], packed["gather"], packed["scatter"])
     return model.hidden_states(packed["input_ids"], layout=layout, **cached), layout.gather
 
 
 def _close_gaps(kept: Sequence[int]) -> list[int]:
-    """Which old slot goes to each new one: those that can stay do, the last ones fill the gaps."""
+    """Which old slot goes to each new one: those that can stay do, the last ones fill the gaps.
+
+    A row that stays where it is costs no copy of its keys and values.
+    """
     staying = set(kept)
     gone = [slot for slot in range(len(kept)) if slot not in staying]
     slots = list(range(len(kept)))

@@ -14,50 +14,30 @@ Scratch)"; top-p: Holtzman et al. 2019 (arXiv 1904.09751).
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.tokenizer import END_OF_TEXT
-from lightning_sft.decoding.batch import Batch
+from lightning_sft.decoding.batch import RunningBatch
+from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.tokenizers import tokenizer_of
 
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How answers are written.
-
-    Args:
-        max_new_tokens: Most tokens of an answer; the prompt does not count.
-        temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
-        top_k: Sample among the k likeliest tokens only.
-        top_p: Sample among the fewest tokens whose probabilities sum to p, in (0, 1].
-        batch_size: Prompts answered side by side.
-        seed: Of sampling.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    batch_size: int = 32
-    seed: int = 123
-
-    def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"generation.{name}: {value} is not allowed; it must be >= {low}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"generation.temperature: {self.temperature} must be >= 0")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"generation.top_p: {self.top_p} is outside (0, 1]")
+__all__ = [
+    "GenerationConfig",
+    "check_prompts",
+    "decode",
+    "draw",
+    "evaluating",
+    "generate",
+    "probabilities",
+    "sample",
+    "seed_row",
+]
 
 
 def generate(
@@ -69,15 +49,17 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     batch_size: int = 32,
-    seed: int = 123,
-    eos_token_id: int | None = END_OF_TEXT,
+    seed: int | None = 123,
+    eos_token_id: int | Literal["own"] | None = "own",
     on_answer: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt until end-of-text, `max_new_tokens` or the model's context is full.
 
     Args:
         prompts: Token ids, at least one each.
-        eos_token_id: Ends an answer and is not part of it; None never ends early.
+        seed: Of sampling; None draws a new one.
+        eos_token_id: Ends an answer and is not part of it: the model's own, or the one given; None
+            never ends early.
         on_answer: Told each prompt's place and answer as it is finished, for progress bars.
 
     Returns:
@@ -88,19 +70,19 @@ def generate(
     """
     config = GenerationConfig(max_new_tokens, temperature, top_k, top_p, batch_size, seed)
     check_prompts(prompts, model.config.context_length)
+    eos = tokenizer_of(model).eos_token_id if eos_token_id == "own" else eos_token_id
     answers: list[list[int]] = [[] for _ in prompts]
+    # Rows of one batch attend over as many places as the longest has: equal lengths waste least.
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for begin in range(0, len(by_length), batch_size):
         places = by_length[begin : begin + batch_size]
-        for step in decode(
-            model, [prompts[p] for p in places], config, keys=places, eos_token_id=eos_token_id
-        ):
+        batch = [prompts[place] for place in places]
+        for step in decode(model, batch, config, keys=places, eos_token_id=eos):
             for row, token in step:
                 if token is not None:
                     answers[places[row]].append(token)
-                else:
-                    if on_answer is not None:
-                        on_answer(places[row], answers[places[row]])
+                elif on_answer is not None:
+                    on_answer(places[row], answers[places[row]])
     return answers
 
 
@@ -109,12 +91,13 @@ def decode(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     *,
+    eos_token_id: int | None,
     keys: Sequence[int] | None = None,
-    eos_token_id: int | None = END_OF_TEXT,
 ) -> Iterator[list[tuple[int, int | None]]]:
     """Answer one batch, a step at a time.
 
     Args:
+        eos_token_id: Ends a row; None never does.
         keys: What each row's sampling depends on beside the seed; its place by default.
 
     Yields:
@@ -122,19 +105,20 @@ def decode(
         finished. End-of-text is not yielded.
     """
     check_prompts(prompts, model.config.context_length)
+    # A generator of its own for every row: what a row draws does not depend on its neighbours.
     keys = range(len(prompts)) if keys is None else keys
-    rngs = [torch.Generator().manual_seed(mix_seed(config.seed, key)) for key in keys]
+    rngs = [seed_row(config.seed, key) for key in keys]
     room = [model.config.context_length - len(prompt) for prompt in prompts]
     left = [min(config.max_new_tokens, free) for free in room]  # tokens each row may still take
-    active = list(range(len(prompts)))
+    active = list(range(len(prompts)))  # the row in each slot of the batch
     most = min(max(map(len, prompts)) + max(left), model.config.context_length)
     with evaluating(model):
-        batch = Batch(model, most)
+        batch = RunningBatch(model, most)
         batch.join(prompts)
         while active:
-            tokens = sample(batch.logits, config, [rngs[row] for row in active])
+            tokens = sample(batch.logits, config, [rngs[row] for row in active])  # (B,)
             events: list[tuple[int, int | None]] = []
-            going_on = []
+            going_on = []  # slots of the rows that want another token
             for slot, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
                 ended = token == eos_token_id
                 if not ended:
@@ -145,6 +129,7 @@ def decode(
                 else:
                     going_on.append(slot)
             yield events
+            # Rows that ended leave before the next step is computed, and cost nothing any more.
             active = [active[slot] for slot in batch.feed(tokens, going_on)]
 
 
@@ -153,25 +138,35 @@ def sample(
     logits: torch.Tensor, config: GenerationConfig, rngs: Sequence[torch.Generator]
 ) -> torch.Tensor:
     """Next tokens (B,) from logits (B, V): the likeliest, or drawn by each row's generator."""
-    if config.temperature == 0.0:
+    if config.is_greedy:
         return logits.argmax(-1)
-    logits = logits.float() / config.temperature
+    rows = probabilities(logits, config)
+    drawn = [draw(row, rng) for row, rng in zip(rows, rngs, strict=True)]
+    return torch.tensor(drawn, device=logits.device)
+
+
+@torch.inference_mode()
+def probabilities(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """What to draw from, (B, V) on the CPU: logits → temperature → top-k → softmax → top-p."""
+    logits = logits.float() / config.temperature  # above 1 evens the chances out, below 1 sharpens
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         smallest_kept = logits.topk(config.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-    probabilities = F.softmax(logits, dim=-1)
+    chances = F.softmax(logits, dim=-1)
     if config.top_p is not None and config.top_p < 1.0:
-        ordered, tokens = probabilities.sort(-1, descending=True)
-        # A token stays if those before it do not yet reach p; the first always does.
+        ordered, tokens = chances.sort(-1, descending=True)
+        # A token stays if those before it do not yet reach p. The first always does, also where p
+        # is so small that float32 takes it for 0.
         outside = ordered.cumsum(-1) - ordered >= config.top_p
-        probabilities = torch.zeros_like(ordered).scatter(
-            -1, tokens, ordered.masked_fill(outside, 0.0)
-        )
-    drawn = [
-        torch.multinomial(row, 1, generator=rng)
-        for row, rng in zip(probabilities.cpu(), rngs, strict=True)
-    ]
-    return torch.cat(drawn).to(logits.device)
+        outside[:, 0] = False
+        # Back from the order of likelihood to the order of the vocabulary.
+        chances = torch.zeros_like(ordered).scatter(-1, tokens, ordered.masked_fill(outside, 0.0))
+    return chances.cpu()
+
+
+def draw(row: torch.Tensor, rng: torch.Generator) -> int:
+    """One token from the chances (V,) of all, which need not sum to 1."""
+    return int(torch.multinomial(row, 1, generator=rng))
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context_length: int) -> None:
@@ -190,9 +185,12 @@ def check_prompts(prompts: Sequence[Sequence[int]], context_length: int) -> None
             )
 
 
-def mix_seed(seed: int, key: int) -> int:
-    """One generator seed from two numbers, so that neighbours do not share random streams."""
-    return (seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9 + 1) % 2**63
+def seed_row(seed: int | None, key: int) -> torch.Generator:
+    """A row's own generator; a seed of None is drawn anew."""
+    seed = secrets.randbits(62) if seed is None else seed
+    # Odd multipliers mix the two numbers, so that neighbours do not share random streams.
+    mixed = (seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9 + 1) % 2**63
+    return torch.Generator().manual_seed(mixed)
 
 
 @contextlib.contextmanager

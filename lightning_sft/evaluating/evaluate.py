@@ -12,7 +12,6 @@ else's evaluator, and needs neither the model nor lm-eval.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -24,6 +23,7 @@ from lightning_sft.common.errors import InputError, LightningSFTError, ServiceEr
 from lightning_sft.data.entries import read_entries, read_records
 from lightning_sft.runs.evaluation_file import EVALUATION_NAME, merge
 from lightning_sft.runs.responses import responses_path
+from lightning_sft.runs.run_folder import checkpoint_in
 
 ALPACA_EVAL_NAME = "alpaca-eval.json"
 # Who fails when a task's data cannot be had; lm-eval hands their errors on as they are.
@@ -44,14 +44,15 @@ def evaluate(
     architecture: str | dict[str, Any] | None = None,
     prompt_style: str | dict[str, str] | None = None,
     header_in_prompt: bool | None = None,
+    weights: str | None = None,
     alpaca_eval: Path | None = None,
     generator: str | None = None,
 ) -> None:
     """Measure a model on lm-eval's tasks, or write its answers for AlpacaEval.
 
     Args:
-        ckpt_path: A checkpoint, or weights (.pth, .safetensors, folder, or a name such as
-            gpt2-medium), which also need an architecture.
+        ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
+            such as gpt2-medium), which also need an architecture.
         tasks: Names of lm-eval's tasks, with commas between.
         num_fewshot: Solved examples before each question; the task's own number by default.
         limit: Only the first so many questions of each task, to try things out.
@@ -64,6 +65,7 @@ def evaluate(
         architecture: For weights that do not say it themselves.
         prompt_style: For weights away from their run folder; alpaca by default.
         header_in_prompt: Likewise.
+        weights: Where the base of a LoRA checkpoint is now, if it was moved.
         alpaca_eval: A responses file of predict, or its run folder: write it for AlpacaEval.
         generator: The model's name there; the run's by default.
 
@@ -74,44 +76,70 @@ def evaluate(
     if alpaca_eval is not None:
         write_alpaca_eval(Path(alpaca_eval), generator, output)
         return
-    if ckpt_path is None or not tasks:
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if ckpt_path is None or not names:
         raise InputError("evaluate: give --ckpt_path and --tasks, or --alpaca_eval")
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError('evaluate: lm-eval is missing: pip install "lightning-sft[eval]"')
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size} is not allowed; it must be >= 1")
+    # Imported here: a refusal, and AlpacaEval's file, need no torch.
     from lightning_sft.evaluating.lm_eval_model import EvalModel
     from lightning_sft.models.origin import read_origin
     from lightning_sft.models.ready import choose_device, load_for_answers
+    from lightning_sft.models.tokenizers import tokenizer_of
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    path = str(checkpoint_in(ckpt_path))
     manager = _find_tasks(names, include_path)
-    origin = read_origin(ckpt_path)
-    model, style = load_for_answers(ckpt_path, architecture, prompt_style, header_in_prompt)
+    origin = read_origin(path)
+    model, style = load_for_answers(path, architecture, prompt_style, header_in_prompt, weights)
     model.to(choose_device(device))
-    with _data_errors(names):
-        from lm_eval.evaluator import simple_evaluate
+    asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template}
+    rated = EvalModel(model, style, tokenizer_of(model), batch_size)
+    found = _run_tasks(rated, names, manager, **asked)
 
-        found = simple_evaluate(
-            EvalModel(model, style, batch_size),
+    step = f", step {origin.step}" if origin.step is not None else ""
+    same = {"chat_template": apply_chat_template, "limit": limit}
+    rows = [{"model": origin.name + step} | row | same for row in result_rows(found)]
+    target = Path(output or (origin.run or Path()) / EVALUATION_NAME).expanduser()
+    files.write_json(target, merge(target, rows))
+    for row in rows:
+        error = f" ± {row['stderr']:.4f}" if row["stderr"] is not None else ""
+        print(f"  {row['task']:<28} {row['metric']:<16} {row['value']:.4f}{error}")
+    print(f"Results: {target}")
+
+
+def _run_tasks(model: Any, names: list[str], manager: Any, **asked: Any) -> dict[str, Any]:
+    """lm-eval's own results; an error of fetching a task's data is one line.
+
+    Args:
+        asked: Of the command's options, those that are lm-eval's.
+
+    Raises:
+        ServiceError: A task's data could not be had.
+    """
+    from lm_eval.evaluator import simple_evaluate
+
+    try:
+        return simple_evaluate(
+            model,
             tasks=names,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
             task_manager=manager,
             log_samples=False,
             bootstrap_iters=1000,  # its 100,000 take minutes, for standard errors alone
             verbosity="WARNING",
+            **asked,
         )
-    settings = {"chat_template": apply_chat_template, "limit": limit}
-    model_name = f"{origin.name}, step {origin.step}" if origin.step is not None else origin.name
-    rows = [{"model": model_name} | row | settings for row in result_rows(found)]
-    path = Path(output or (origin.run or Path()) / EVALUATION_NAME).expanduser()
-    files.write_json(path, merge(path, rows))
-    for row in rows:
-        error = f" ± {row['stderr']:.4f}" if row["stderr"] is not None else ""
-        print(f"  {row['task']:<28} {row['metric']:<16} {row['value']:.4f}{error}")
-    print(f"Results: {path}")
+    except LightningSFTError:
+        raise
+    except Exception as error:
+        package = type(error).__module__.split(".")[0]
+        if package in _DATA_PACKAGES or isinstance(error, (ConnectionError, FileNotFoundError)):
+            reason = " ".join(str(error).split())[:200]
+            raise ServiceError(
+                f"tasks: data of {', '.join(names)} could not be had ({reason})"
+            ) from None
+        raise
 
 
 def result_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,20 +222,3 @@ def _find_tasks(names: list[str], include_path: Path | None) -> Any:
             "--include_path adds your own"
         )
     return manager
-
-
-@contextlib.contextmanager
-def _data_errors(names: list[str]) -> Any:
-    """Errors of fetching a task's data as what they are, one line."""
-    try:
-        yield
-    except LightningSFTError:
-        raise
-    except Exception as error:
-        package = type(error).__module__.split(".")[0]
-        if package in _DATA_PACKAGES or isinstance(error, (ConnectionError, FileNotFoundError)):
-            reason = " ".join(str(error).split())[:200]
-            raise ServiceError(
-                f"tasks: data of {', '.join(names)} could not be had ({reason})"
-            ) from None
-        raise

@@ -4,7 +4,7 @@ Requests are sorted, the longest context first, so that the memory needed shows 
 that share a context (the choices of a question) land in one batch, where it is computed once. Only
 the tokens that are rated go through the head.
 
-    >>> score(model, [Request(context=[15496], continuation=[995])])
+    >>> loglikelihoods(model, [Request(context=[15496], continuation=[995])])
     [(-9.1, False)]
 
 The rules for what does not fit the context are those of lm-eval's own `hf` model, so that results
@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.tokenizer import gpt2_tokenizer
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.batch import read_rows
 from lightning_sft.decoding.generation import GenerationConfig, decode, evaluating
 from lightning_sft.models.gpt2 import GPTModel
 
-Told = Callable[[int], object]  # how many requests were finished, for a progress bar
+Progress = Callable[[int], object]  # called with how many more requests are finished
 
 
 class Request(NamedTuple):
@@ -35,8 +35,11 @@ class Request(NamedTuple):
     continuation: list[int]
 
 
-def score(
-    model: GPTModel, requests: Sequence[Request], batch_size: int = 16, told: Told | None = None
+def loglikelihoods(
+    model: GPTModel,
+    requests: Sequence[Request],
+    batch_size: int = 16,
+    progress: Progress | None = None,
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation, and whether greedy decoding would write it.
 
@@ -62,11 +65,11 @@ def score(
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     with evaluating(model):
         for batch in _batches(places, batch_size):
-            found = _score_batch(model, [requests[place] for place in batch])
+            found = _rate_batch(model, [requests[place] for place in batch])
             for place, rated in zip(batch, found, strict=True):
                 scores[place] = rated
-            if told is not None:
-                told(len(batch))
+            if progress is not None:
+                progress(len(batch))
     return scores
 
 
@@ -76,7 +79,7 @@ def _order(request: Request) -> tuple[int, list[int], int]:
 
 
 @torch.inference_mode()
-def _score_batch(model: GPTModel, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+def _rate_batch(model: GPTModel, requests: Sequence[Request]) -> list[tuple[float, bool]]:
     length = model.config.context_length
     # The last token is rated, never read; of the rest, the model sees what fits.
     rows = [(context + continuation)[-(length + 1) :][:-1] for context, continuation in requests]
@@ -91,12 +94,13 @@ def _score_batch(model: GPTModel, requests: Sequence[Request]) -> list[tuple[flo
     return rated
 
 
-def write_until(
+def generate_until(
     model: GPTModel,
+    tokenizer: Tokenizer,
     contexts: Sequence[list[int]],
     stops: Sequence[str],
     config: GenerationConfig,
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Continue every context until end-of-text, one of `stops`, or `max_new_tokens`.
 
@@ -112,23 +116,24 @@ def write_until(
             f"{config.max_new_tokens} new tokens leave no room for a prompt in the model's context "
             f"of {model.config.context_length}; the task sets max_gen_toks"
         )
-    if config.temperature == 0:
+    if config.is_greedy:
         config = dataclasses.replace(config, top_k=None, top_p=None)
     places = sorted(range(len(contexts)), key=lambda place: -len(contexts[place]))
     texts = [""] * len(contexts)
     for batch in _batches(places, config.batch_size):
         prompts = [contexts[place][-room:] for place in batch]
         for place, text in zip(
-            batch, _write_batch(model, prompts, stops, config, batch), strict=True
+            batch, _write_batch(model, tokenizer, prompts, stops, config, batch), strict=True
         ):
             texts[place] = text
-        if told is not None:
-            told(len(batch))
+        if progress is not None:
+            progress(len(batch))
     return texts
 
 
 def _write_batch(
     model: GPTModel,
+    tokenizer: Tokenizer,
     prompts: list[list[int]],
     stops: Sequence[str],
     config: GenerationConfig,
@@ -137,18 +142,18 @@ def _write_batch(
     """Answers of one batch; it ends when every row has met its end or a stop."""
     ids: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
-    decode_ids = gpt2_tokenizer().decode
-    for step in decode(model, prompts, config, keys=keys):
+    for step in decode(model, prompts, config, keys=keys, eos_token_id=tokenizer.eos_token_id):
         for row, token in step:
             if token is None:
                 open_rows.discard(row)
                 continue
             ids[row].append(token)
-            if stops and row in open_rows and _cut(text := decode_ids(ids[row]), stops) != text:
+            text = tokenizer.decode(ids[row]) if stops and row in open_rows else ""
+            if _cut(text, stops) != text:
                 open_rows.discard(row)
         if not open_rows:
             break
-    return [_cut(decode_ids(row), stops) for row in ids]
+    return [_cut(tokenizer.decode(row), stops) for row in ids]
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

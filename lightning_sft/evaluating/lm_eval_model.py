@@ -20,9 +20,9 @@ from tqdm import tqdm
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.chat_template import jinja_template
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.generation import GenerationConfig
-from lightning_sft.evaluating.likelihood import Request, Told, score, write_until
+from lightning_sft.evaluating.likelihood import Progress, Request, generate_until, loglikelihoods
 from lightning_sft.models.gpt2 import GPTModel
 
 DEFAULT_NEW_TOKENS = 256  # as of lm-eval's hf model
@@ -33,17 +33,20 @@ class EvalModel(TemplateLM):
 
     Args:
         style: For tasks that are asked through the chat template.
+        tokenizer: The model's.
         batch_size: Requests computed side by side.
     """
 
-    def __init__(self, model: GPTModel, style: PromptStyle, batch_size: int = 16) -> None:
+    def __init__(
+        self, model: GPTModel, style: PromptStyle, tokenizer: Tokenizer, batch_size: int = 16
+    ) -> None:
         super().__init__()
         self.model, self.style, self.batch_size = model, style, batch_size
-        self.bpe = gpt2_tokenizer()
+        self.bpe = tokenizer  # under `tokenizer`, lm-eval expects one of transformers
 
     @property
     def eot_token_id(self) -> int:
-        return END_OF_TEXT
+        return self.bpe.eos_token_id
 
     @property
     def max_length(self) -> int:
@@ -61,8 +64,8 @@ class EvalModel(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         asked = [Request(context, continuation) for _, context, continuation in requests]
-        with _bar(len(asked), "Rating", disable_tqdm) as told:
-            return score(self.model, asked, self.batch_size, told)
+        with _bar(len(asked), "Rating", disable_tqdm) as progress:
+            return loglikelihoods(self.model, asked, self.batch_size, progress)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -81,8 +84,8 @@ class EvalModel(TemplateLM):
                 windows.append(Request(context, continuation))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        with _bar(len(windows), "Rating", disable_tqdm) as told:
-            rated = score(self.model, windows, self.batch_size, told)
+        with _bar(len(windows), "Rating", disable_tqdm) as progress:
+            rated = loglikelihoods(self.model, windows, self.batch_size, progress)
         for owner, (total, _) in zip(owners, rated, strict=True):
             totals[owner] += total
         return totals
@@ -92,19 +95,21 @@ class EvalModel(TemplateLM):
         for place, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(place)
         texts = [""] * len(requests)
-        with _bar(len(requests), "Writing", disable_tqdm) as told:
+        with _bar(len(requests), "Writing", disable_tqdm) as progress:
             for places in groups.values():
                 stops, config = self._settings(requests[places[0]].args[1])
                 contexts = [self.tok_encode(requests[p].args[0]) for p in places]
                 contexts = [ids or [self.prefix_token_id] for ids in contexts]
-                written = write_until(self.model, contexts, stops, config, told)
+                written = generate_until(self.model, self.bpe, contexts, stops, config, progress)
                 for place, text in zip(places, written, strict=True):
                     texts[place] = text
         return texts
 
     def _settings(self, given: dict[str, Any]) -> tuple[list[str], GenerationConfig]:
         kwargs = normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS)
-        stops = handle_stop_sequences(kwargs.pop("until", None), eos="<|endoftext|>")
+        stops = handle_stop_sequences(
+            kwargs.pop("until", None), eos=self.bpe.decode([self.eot_token_id])
+        )
         config = GenerationConfig(
             max_new_tokens=kwargs.pop("max_gen_toks"),
             temperature=kwargs.pop("temperature", 0.0) if kwargs.pop("do_sample", False) else 0.0,
@@ -119,7 +124,7 @@ class EvalModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return f"gpt2-{self.style.name}"
+        return f"{self.bpe.name}-{self.style.name}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return jinja_template(self.style) if chat_template else None
@@ -139,6 +144,6 @@ def _refuse(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _bar(total: int, what: str, hidden: bool) -> Iterator[Told]:
+def _bar(total: int, what: str, hidden: bool) -> Iterator[Progress]:
     with tqdm(total=total, desc=what, unit="request", disable=hidden) as bar:
         yield bar.update

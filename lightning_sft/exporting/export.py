@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -34,9 +33,25 @@ from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.origin import Origin, read_origin
 from lightning_sft.models.ready import load_for_answers
 from lightning_sft.models.registry import model_name
+from lightning_sft.models.tensor_files import EXPORT_MARK
 
 Format = Literal["pth", "hf", "gguf"]
-MARK = "export.json"  # says that a folder is an export, and of which files it consists
+MARK = EXPORT_MARK  # says that a folder is an export, and of which files it consists
+# All that is ever written into an export, and so all that is ever replaced.
+WRITTEN = (
+    MARK,
+    "README.md",
+    "*-sft.pth",
+    "config.json",
+    "model.safetensors",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "*.gguf",
+    "Modelfile",
+)
 
 
 def export(
@@ -46,6 +61,7 @@ def export(
     out: Path,
     verify: bool = False,
     gguf_type: GGUFType = "f32",
+    weights: str | None = None,
     architecture: str | dict[str, Any] | None = None,
     prompt_style: str | dict[str, str] | None = None,
     header_in_prompt: bool | None = None,
@@ -59,6 +75,7 @@ def export(
         out: The folder to make; an earlier export in it is replaced.
         verify: Load the export again and compare its greedy tokens and logits with the model's.
         gguf_type: How a GGUF keeps matrices; f16 and q8_0 are smaller and round.
+        weights: Where the base of a LoRA checkpoint is now, if it was moved.
         architecture: For weights that do not say it themselves.
         prompt_style: For weights away from their run folder; alpaca by default.
         header_in_prompt: Likewise.
@@ -74,7 +91,9 @@ def export(
     elif gguf_type != "f32":
         raise InputError(f"export: --gguf_type {gguf_type} is for --format gguf only")
     origin = read_origin(ckpt_path)
-    model, style = load_for_answers(ckpt_path, architecture, prompt_style, header_in_prompt)
+    model, style = load_for_answers(
+        ckpt_path, architecture, prompt_style, header_in_prompt, weights
+    )
     with new_folder(out) as folder:
         file = _write(model, style, origin, format, gguf_type, folder)
         card = model_card(model.config, style, origin, format, file)
@@ -82,10 +101,13 @@ def export(
             readme.write(card)
         if verify:
             _verify(model, style, format, gguf_type, folder)
-        written = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        written = {
+            path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+            for path in sorted(folder.iterdir())
+        }
         files.write_json(folder / MARK, {"format": format, "name": origin.name, "files": written})
-    for name, size in written.items():
-        print(f"  {name:<24} {size:>14,} bytes")
+    for name, facts in written.items():
+        print(f"  {name:<24} {facts['bytes']:>14,} bytes")
     print(f"exported to {out}")
 
 
@@ -101,15 +123,30 @@ def check_target(out: Path) -> None:
         raise InputError(f"out: {out} is not a folder")
     if out == Path.cwd():
         raise InputError(f"out: {out} is the working directory, which cannot be replaced")
-    found = {path.name for path in out.iterdir()}
-    try:
-        known = {MARK, *json.loads((out / MARK).read_text("utf-8"))["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        known = set()
-    if others := sorted(found - known):
+    ours = _files_of(out)
+    if others := sorted(path.name for path in out.iterdir() if path not in ours):
         raise InputError(
             f"out: {out} holds {others[0]}, which is not of an export; give a new or empty folder"
         )
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of an export in a folder: those that its mark names and that `export` writes.
+
+    The mark alone would not do: it is a text file, and may name anything.
+    """
+    try:
+        named = {MARK, *files.read_json(folder / MARK, files.MOST_SMALL)["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name in named
+        and any(path.match(pattern) for pattern in WRITTEN)
+        and path.is_file()
+        and not path.is_symlink()
+    ]
 
 
 @contextlib.contextmanager
@@ -133,11 +170,23 @@ def new_folder(out: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     except OSError as error:
         raise files.disk_error(out, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(old: Path) -> None:
+    """Take an older export away; what was put beside it meanwhile stays, and is named."""
+    if old.exists():
+        for path in _files_of(old):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        try:
+            old.rmdir()
+        except OSError:
+            print(f"note: {old} is kept, as it holds what is not of the older export")
 
 
 def _write(

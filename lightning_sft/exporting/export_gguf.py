@@ -27,29 +27,13 @@ from lightning_sft.data.tokenizer import END_OF_TEXT, read_vocabulary_file
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.exporting.export_hf import check_vocabulary, read_merges
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import iterate_hf
+from lightning_sft.models.gpt2_weights import gguf_names, iterate_hf
+from lightning_sft.models.tensor_files import check_digest
 
 if TYPE_CHECKING:
     import gguf
 
 GGUFType = Literal["f32", "f16", "q8_0"]
-
-# Hugging Face's names and GGUF's, outside the blocks and in each of them.
-TOP_NAMES = {
-    "transformer.wte.weight": "token_embd.weight",
-    "transformer.wpe.weight": "position_embd.weight",
-    "transformer.ln_f.weight": "output_norm.weight",
-    "transformer.ln_f.bias": "output_norm.bias",
-    "lm_head.weight": "output.weight",
-}
-BLOCK_NAMES = {
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
 
 
 def write_gguf(
@@ -131,6 +115,7 @@ def unquantize(values: np.ndarray[Any, Any], kind: str) -> torch.Tensor:
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Metadata and tensors of a GGUF file, under the names they have there, as float32."""
     gguf = load_gguf()
+    check_digest(path)  # the format has no checksum of its own
     reader = gguf.GGUFReader(path)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {t.name: unquantize(t.data, t.tensor_type.name) for t in reader.tensors}
@@ -142,7 +127,7 @@ def to_hf_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     n_layers = 1 + max(
         (int(name.split(".")[1]) for name in tensors if name.startswith("blk.")), default=-1
     )
-    names = {gguf: hf for hf, gguf in _names(n_layers).items()}
+    names = {gguf: hf for hf, gguf in gguf_names(n_layers).items()}
     return {
         names.get(name, name): tensor.T if name.startswith("blk.") and tensor.ndim == 2 else tensor
         for name, tensor in tensors.items()
@@ -182,19 +167,10 @@ def iterate_gguf(
     state_dict: Mapping[str, torch.Tensor], n_layers: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """GGUF's name and layout, (out, in), of every tensor of a `GPTModel`."""
-    names = _names(n_layers)
+    names = gguf_names(n_layers)
     for hf_name, tensor in iterate_hf(state_dict):
         in_block = ".h." in hf_name and tensor.ndim == 2
         yield names[hf_name], tensor.T if in_block else tensor
-
-
-def _names(n_layers: int) -> dict[str, str]:
-    names = dict(TOP_NAMES)
-    for layer in range(n_layers):
-        for hf_name, name in BLOCK_NAMES.items():
-            for part in ("weight", "bias"):
-                names[f"transformer.h.{layer}.{hf_name}.{part}"] = f"blk.{layer}.{name}.{part}"
-    return names
 
 
 def _stored_shape(gguf: Any, shape: torch.Size, kind: str) -> tuple[int, ...]:

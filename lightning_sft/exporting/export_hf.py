@@ -2,7 +2,7 @@
 
     python -m lightning_sft export --ckpt_path … --format hf --out exported
 
-Everything is written here, file by file, so that no library of Hugging Face is needed to export:
+Everything is written here, file by file, so that no transformers is needed to export:
 `config.json`, `model.safetensors`, GPT-2's tokenizer files with a chat template made from the
 prompt style, `generation_config.json`. Tensors are written one by one: beside the model there is
 never more than one of them in memory.
@@ -17,6 +17,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 
 from lightning_sft.common.errors import InputError
@@ -26,7 +27,7 @@ from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer, read_vocabulary_file
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import iterate_hf
+from lightning_sft.models.gpt2_weights import hf_config, iterate_hf
 
 END_TOKEN = "<|endoftext|>"
 
@@ -61,33 +62,6 @@ def check_vocabulary(config: GPTConfig) -> None:
             f"export: the model's vocab_size {config.vocab_size} is less than the {wanted} of "
             "GPT-2's tokenizer; only --format pth can hold it"
         )
-
-
-def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """`config.json`: the names of transformers' `GPT2Config`, and `n_ctx` for llama.cpp."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_ctx": config.context_length,
-        "n_embd": config.emb_dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "n_inner": None,
-        "activation_function": "gelu_new",  # the tanh form
-        "layer_norm_epsilon": 1e-5,
-        "embd_pdrop": config.drop_rate,
-        "attn_pdrop": config.drop_rate,
-        "resid_pdrop": config.drop_rate,
-        "initializer_range": 0.02,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "pad_token_id": END_OF_TEXT,
-        # Where this says true, transformers overwrites a trained head by the embedding.
-        "tie_word_embeddings": config.tie_embeddings,
-        "dtype": "float32",
-    }
 
 
 def generation_config(generation: GenerationConfig, context_length: int) -> dict[str, Any]:
@@ -155,32 +129,11 @@ def write_tokenizer(style: PromptStyle, config: GPTConfig, folder: Path) -> None
             "chat_template": jinja_template(style),
         },
     )
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": END_OF_TEXT, **special}],
-            "normalizer": None,
-            "pre_tokenizer": byte_level | {"trim_offsets": True},
-            "post_processor": byte_level | {"trim_offsets": False},
-            "decoder": byte_level | {"trim_offsets": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": json.loads(vocabulary),
-                "merges": read_merges(),
-            },
-        },
-    )
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in read_merges())]
+    tokenizer = tokenizers.ByteLevelBPETokenizer(json.loads(vocabulary), pairs)
+    tokenizer.add_special_tokens([tokenizers.AddedToken(END_TOKEN, normalized=False)])
+    with atomic_write(folder / "tokenizer.json") as text:
+        text.write(tokenizer.to_str(pretty=True))
 
 
 def read_merges() -> list[str]:

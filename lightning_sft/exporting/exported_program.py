@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,19 @@ from typing import Any
 
 import torch
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import ServiceError
 from lightning_sft.decoding.generation import generate
 from lightning_sft.exporting.export_gguf import read_gguf, to_hf_names
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import from_hf, load_weights
-
-_MASK = re.compile(r"trf_blocks\.\d+\.att\.mask")
+from lightning_sft.models.gpt2_weights import (
+    LONGEST_BOOK_MASK,
+    from_hf,
+    from_hf_config,
+    is_book_mask,
+)
+from lightning_sft.models.loading import load_weights
+from lightning_sft.models.tensor_files import read_torch
 
 
 @dataclass(frozen=True)
@@ -57,25 +61,18 @@ def readers(format: str) -> list[Callable[[Path], Program]]:
 def _load_pth(folder: Path) -> Program:
     """Into the book's names, and each of them; also the causal masks that its code expects."""
     (path,) = folder.glob("*.pth")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    config = GPTConfig(**json.loads((folder / "config.json").read_text("utf-8")))
-    masks = [state.pop(name) for name in [*state] if _MASK.fullmatch(name)]
-    wanted = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
-    if len(masks) != config.n_layers or not all(torch.equal(mask, wanted) for mask in masks):
-        raise ServiceError(f"verify: {path.name} lacks the causal masks of the book's code")
+    state = read_torch(path)
+    config = GPTConfig(**files.read_json(folder / "config.json"))
+    masks = [state.pop(name) for name in [*state] if is_book_mask(name)]
+    if config.context_length <= LONGEST_BOOK_MASK:
+        wanted = torch.triu(torch.ones(config.context_length, config.context_length), diagonal=1)
+        if len(masks) != config.n_layers or not all(torch.equal(mask, wanted) for mask in masks):
+            raise ServiceError(f"verify: {path.name} lacks the causal masks of the book's code")
     return our_program(_assemble(config, state), "the book's names")
 
 
 def _load_hf(folder: Path) -> Program:
-    facts = json.loads((folder / "config.json").read_text("utf-8"))
-    config = GPTConfig(
-        vocab_size=facts["vocab_size"],
-        context_length=facts["n_positions"],
-        emb_dim=facts["n_embd"],
-        n_heads=facts["n_head"],
-        n_layers=facts["n_layer"],
-        tie_embeddings=facts["tie_word_embeddings"],
-    )
+    config = from_hf_config(files.read_json(folder / "config.json"))
     with torch.device("meta"):
         model = GPTModel(config)
     load_weights(model, str(folder))

@@ -14,10 +14,9 @@ import yaml
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.decoding.generation import GenerationConfig
-from lightning_sft.models.files import REPOSITORIES
 from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.origin import Origin
-from lightning_sft.models.registry import model_name
+from lightning_sft.models.registry import REPOSITORIES, model_name
 
 PACKAGES = ("lightning-sft", "torch", "lightning", "transformers", "gguf")
 EXAMPLE = Entry("Rewrite the sentence in the past tense.", "She walks to school.", "")

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import requests
 import urllib3
 
-from lightning_sft.common.errors import ServiceError, hide_keys
+from lightning_sft.common.deadline import Deadline, DeadlineError, watched_session
+from lightning_sft.common.errors import ServiceError, hide_keys, printable
 from lightning_sft.judging.judge import JudgeConfig, environment_key, is_loopback
 from lightning_sft.judging.protocol import (
     PassingError,
@@ -92,7 +93,7 @@ class Judge:
             break
         seconds = round(time.monotonic() - start, 3)
         held = schema is not None and self._takes_schema
-        return Reply(self._without_key(text), self.clean(reason) or None, seconds, held)
+        return Reply(self._fit_to_keep(text), self.clean(reason) or None, seconds, held)
 
     def _ask_once(
         self, prompt: str, schema: dict[str, Any] | None, seed: int
@@ -116,16 +117,18 @@ class Judge:
             PassingError, RefusedError, ServiceError: What another status or a broken connection
                 stands for.
         """
-        deadline = time.monotonic() + timeout
         limits = (min(CONNECT_TIMEOUT, timeout), timeout)
+        options: dict[str, Any] = {"timeout": limits, "allow_redirects": False, "stream": True}
+        session = self._session()
         try:
-            with self._session().request(
-                method, url, json=body, timeout=limits, allow_redirects=False, stream=True
-            ) as response:
-                content = _read_body(response, deadline)
+            with (
+                Deadline(timeout),
+                session.request(method, url, json=body, **options) as response,
+            ):
+                content = _read_body(response)
         except requests.ConnectTimeout:
             raise PassingError(f"no connection within {limits[0]:g} s") from None
-        except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):
+        except (DeadlineError, requests.Timeout, urllib3.exceptions.ReadTimeoutError):
             raise PassingError(f"no whole reply within {timeout:g} s") from None
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise PassingError(f"the connection failed: {_cause(error)}") from None
@@ -162,7 +165,7 @@ class Judge:
     def _session(self) -> requests.Session:
         """One per thread, since a session's connections are not made to be shared."""
         if not hasattr(self._sessions, "own"):
-            session = requests.Session()
+            session = watched_session()
             session.auth = _Auth(self._key)
             session.headers["Accept-Encoding"] = "identity"
             # Proxies are for the world outside, not for a judge on this machine.
@@ -170,15 +173,20 @@ class Judge:
             self._sessions.own = session
         return self._sessions.own
 
-    def _without_key(self, text: str | None) -> str | None:
-        """`text` as it may be kept: a server can send back whatever it was sent."""
-        if text and self._key:
-            text = text.replace(self._key, "***")
-        return hide_keys(text) if text else text
+    def _fit_to_keep(self, text: str | None) -> str | None:
+        """`text` as it may be written down: UTF-8 and without the key.
+
+        JSON can spell half a character (a lone surrogate), which no file takes; two halves that
+        came in two pieces of a stream are one character again.
+        """
+        if not text:
+            return text
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return hide_keys(text.replace(self._key, "***") if self._key else text)
 
     def clean(self, text: str) -> str:
-        """A server's words as one short line without the key."""
-        return " ".join((self._without_key(text) or "").split())[:200]
+        """A server's words as one short line, without the key and harmless to a terminal."""
+        return printable(" ".join((self._fit_to_keep(text) or "").split()))[:200]
 
 
 class _Auth(requests.auth.AuthBase):
@@ -202,13 +210,11 @@ def _base_address(config: JudgeConfig) -> str:
     return base + "/v1" if bare and config.protocol == "openai" else base
 
 
-def _read_body(response: requests.Response, deadline: float) -> bytes:
-    """The body, however slowly it trickles in; neither endless nor past the deadline."""
+def _read_body(response: requests.Response) -> bytes:
+    """The body, unless it is endless. The deadline around the exchange ends one that trickles."""
     content = bytearray()
     while chunk := response.raw.read1(65536):
         content += chunk
-        if time.monotonic() > deadline:
-            raise requests.Timeout
         if len(content) > MAX_REPLY_BYTES:
             raise PassingError(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
     return bytes(content)
@@ -221,7 +227,7 @@ def _retry_after(response: requests.Response) -> float | None:
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

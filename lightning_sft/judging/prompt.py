@@ -21,6 +21,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import get_style
@@ -117,10 +118,10 @@ def load_prompt(name: str, low: int = 0, high: int = 100) -> JudgePrompt:
         return JudgePrompt("rubric", RUBRIC, 1, 5)
     path = Path(name).expanduser()
     try:
-        template = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        template = files.read_text(path, files.MOST_SMALL)
+    except (OSError, InputError) as error:
         raise InputError(
-            f"judge.prompt: {path} cannot be read ({type(error).__name__}); allowed: chapter, "
+            f"judge.prompt: {path} cannot be read ({error}); allowed: chapter, "
             "rubric, or a text file with a template"
         ) from None
     unknown = set(re.findall(r"{([a-z_]+)}", template)) - set(PLACEHOLDERS)

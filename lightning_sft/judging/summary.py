@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.common import files
-from lightning_sft.common.errors import InputError
+from lightning_sft.common.errors import InputError, printable
 from lightning_sft.judging.asking import Record, is_answered
 from lightning_sft.judging.significance import bootstrap_mean, correlate, sign_test
 from lightning_sft.runs.responses import Response
@@ -171,7 +171,8 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 def _describe_failures(summary: dict[str, Any]) -> list[str]:
-    return [f"Not scored: {count} × {why}" for why, count in summary["failures"].items()][:6]
+    failures = list(summary["failures"].items())[:6]
+    return [f"Not scored: {count} × {printable(why)}" for why, count in failures]
 
 
 def _scale(records: Sequence[Record]) -> tuple[int, int]:

@@ -11,30 +11,21 @@ and nothing in a file is run.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import safetensors
 import torch
 
 from lightning_sft.common.downloads import download
 from lightning_sft.common.errors import InputError, ServiceError
-from lightning_sft.common.files import cache_dir, sha256_of
-from lightning_sft.models.registry import MODEL_SIZES
+from lightning_sft.common.files import MOST_SMALL, cache_dir, read_json, sha256_of
+from lightning_sft.models.registry import MODEL_SIZES, REPOSITORIES
+from lightning_sft.models.tensor_files import map_safetensors, read_safetensors, read_torch
 
 HUB = "https://huggingface.co"  # $HF_ENDPOINT names a mirror
-REPOSITORIES = {
-    "gpt2-small": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-}
 # The second is the copy that the book falls back to.
 OPENAI = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
@@ -89,7 +80,7 @@ def fetch_weights(name: str, source: str = "hub") -> Path:
     host = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     url = f"{host}/{REPOSITORIES[name]}/resolve/main/model.safetensors"
     try:
-        return download(url, target, check=_read_safetensors)
+        return download(url, target, check=map_safetensors)
     except ServiceError as error:
         if not can_read_openai:
             raise
@@ -140,7 +131,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.is_dir():
         if (path / "model.safetensors").exists():
-            return _read_safetensors(path / "model.safetensors")
+            return read_safetensors(path / "model.safetensors")
         if (path / "model.safetensors.index.json").exists():
             return _read_shards(path / "model.safetensors.index.json")
         if (path / "model.ckpt.index").exists():
@@ -150,51 +141,31 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             "model.safetensors.index.json or OpenAI's model.ckpt files"
         )
     readers: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
-        ".safetensors": _read_safetensors,
-        ".pth": _read_torch,
-        ".pt": _read_torch,
-        ".ckpt": _read_torch,
+        ".safetensors": read_safetensors,
+        ".pth": _read_state_dict,
+        ".pt": _read_state_dict,
+        ".ckpt": _read_state_dict,
     }
     if path.suffix not in readers:
         raise InputError(f"{path}: not a weights file; allowed: a folder, {', '.join(readers)}")
-    if not path.is_file():
-        raise InputError(f"{path}: not a regular file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
     return readers[path.suffix](path)
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({_one_line(error)})") from None
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(read_json(index, MOST_SMALL)["weight_map"].values())
         shards = [index.parent / Path(name).name for name in sorted(names)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index}: not an index of shards ({_one_line(error)})") from None
     tensors: dict[str, torch.Tensor] = {}
     for shard in shards:
-        tensors |= _read_safetensors(shard)
+        tensors |= read_safetensors(shard)
     return tensors
 
 
-def _read_torch(path: Path) -> dict[str, torch.Tensor]:
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """A state dict, or the one inside a Lightning or chapter 5 checkpoint."""
-    is_zip = zipfile.is_zipfile(path)  # the only form that can be memory-mapped
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles: what matters is said below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception:  # a damaged pickle can fail in any way
-        raise InputError(
-            f"{path}: refused; it is damaged, or holds more than tensors (nothing in a file is run)"
-        ) from None
+    content = read_torch(path)
     for key in ("state_dict", "model_state_dict"):
         if isinstance(content, dict) and key in content:
             content = content[key]
@@ -206,7 +177,7 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_openai(folder: Path) -> dict[str, torch.Tensor]:
-    """OpenAI's TensorFlow variables under Hugging Face's names, in which they differ in no more."""
+    """OpenAI's TensorFlow variables under Hugging Face's names; only the names differ."""
     try:
         from tensorflow import train
     except ImportError:

@@ -27,6 +27,15 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.models.cache import CacheShape, KVCache
 from lightning_sft.models.layers import Linear, PackedLayout
 
+# Far beyond any model, and little enough that one without memory is made in seconds.
+LARGEST = {
+    "vocab_size": 2**24,
+    "context_length": 2**24,
+    "emb_dim": 2**17,
+    "n_heads": 2**17,
+    "n_layers": 2000,
+}
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -67,6 +76,9 @@ class GPTConfig:
                 )
             if kind is int and value < 1:
                 raise InputError(f"architecture: {field.name} is {value}; it must be >= 1")
+            if kind is int and value > LARGEST[field.name]:
+                largest = f"{LARGEST[field.name]:,}"
+                raise InputError(f"architecture: {field.name} {value} is over {largest}")
         if self.emb_dim % self.n_heads:
             raise InputError(
                 f"architecture: emb_dim {self.emb_dim} is not divisible by n_heads {self.n_heads}"

@@ -1,9 +1,12 @@
 """LoRA: a frozen model and, beside chosen linear layers, a trained product of two thin matrices.
 
-`W x` becomes `W x + (alpha / rank) · B A x` with A (rank, in) random and B (out, rank) zero, so
-training starts from the base model exactly. A layer keeps the names of its weight and bias; the
-new parameters are `lora_a` and `lora_b` beside them. Merging adds `(alpha / rank) · B A` to `W`
-and leaves a plain `GPTModel`.
+`W x` becomes `W x + s · B A x` with A (rank, in) random and B (out, rank) zero, so training starts
+from the base model exactly. A layer keeps the names of its weight and bias; the new parameters are
+`lora_a` and `lora_b` beside them. Merging adds `s · B A` to `W` and leaves a plain model.
+
+There are two customs, and they learn at very different speeds for one learning rate:
+- the book's appendix E: s = alpha, A begins in ±1/√rank;
+- the paper's and PEFT's: s = alpha / rank, A begins in ±1/√in, which is smaller for wide layers.
 
     >>> model = GPTModel.from_pretrained("gpt2-small")
     >>> add_lora(model, LoRAConfig(rank=16, alpha=16))  # 3.5 of 166.5 million parameters train
@@ -24,7 +27,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -44,16 +47,22 @@ class LoRAConfig:
 
     Args:
         rank: Rows of A and columns of B.
-        alpha: The product of both is multiplied by alpha / rank.
+        alpha: What the product of both is multiplied by, as `scaling` says.
         dropout: Probability in [0, 1) with which A's inputs are dropped in training.
         targets: Patterns of layer names such as `out_head`, `*.W_query` or `trf_blocks.0.*`; by
             default all linear layers, the head included, as in exercise 7.4.
+        scaling: `alpha_over_rank` as in the paper and in PEFT, or `alpha` as in the book.
+        init: A's uniform distribution: `peft` ends at 1 / √(inputs of the layer), `book` at
+            1 / √rank.
     """
 
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("*",)
+    # Also what a checkpoint means that was written before there was a choice.
+    scaling: Literal["alpha_over_rank", "alpha"] = "alpha_over_rank"
+    init: Literal["peft", "book"] = "peft"
 
     def check(self) -> None:
         """Called where the values are used; a parser would hide the reason.
@@ -73,10 +82,26 @@ class LoRAConfig:
             raise InputError(
                 f"model.lora.targets: {self.targets!r} is not allowed; give a list of name patterns"
             )
+        allowed = {"scaling": ("alpha_over_rank", "alpha"), "init": ("peft", "book")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise InputError(
+                    f"model.lora.{name}: {getattr(self, name)!r} is not allowed; give "
+                    f"{' or '.join(values)}"
+                )
+
+    @property
+    def scale(self) -> float:
+        """The factor before B A."""
+        return self.alpha / self.rank if self.scaling == "alpha_over_rank" else self.alpha
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as a checkpoint keeps them."""
-        return dataclasses.asdict(self) | {"targets": list(self.targets)}
+        """Plain values, as a checkpoint keeps them; PEFT's form as before there was a choice."""
+        values = dataclasses.asdict(self) | {"targets": list(self.targets)}
+        for name in ("scaling", "init"):
+            if values[name] == getattr(LoRAConfig, name):
+                del values[name]
+        return values
 
 
 class LoRALinear(Linear):
@@ -96,11 +121,14 @@ class LoRALinear(Linear):
         )
         self.weight, self.bias = base.weight, base.bias
         base.requires_grad_(False)
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.scale, self.dropout = config.scale, config.dropout
         self.lora_a = nn.Parameter(base.weight.new_empty(config.rank, base.in_features))
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, config.rank))
         if not self.lora_a.is_meta:
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), generator=generator)
+            # ±1/√fan. The book writes A as (in, rank), and torch takes its last dimension for the
+            # layer's inputs; so the book's fan is the rank.
+            fan: Any = "fan_in" if config.init == "peft" else "fan_out"
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), mode=fan, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide, (low, lora_b) = super().forward(x), self.factors(x)

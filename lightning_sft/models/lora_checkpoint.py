@@ -1,4 +1,4 @@
-"""Adapters in a checkpoint: what they are, and which frozen weights they belong to.
+"""Adapters in a checkpoint: their configuration, and which frozen weights they belong to.
 
 A checkpoint of a LoRA run holds adapters, optimizer and `base`: the sha256 of the weights that they
 were trained beside, and the precision in which these were held. Beside any other weights the
@@ -8,6 +8,7 @@ adapters mean nothing, so they are refused.
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.lora import LoRAConfig, is_adapter
+from lightning_sft.models.tensor_files import check_finite
 
 
 def identify_base(model: GPTModel, dtype: str | None = None) -> dict[str, str]:
@@ -48,7 +50,8 @@ def saved_config(settings: dict[str, Any]) -> LoRAConfig | None:
         config = LoRAConfig(**saved | {"targets": tuple(saved["targets"])})
         config.check()
     except (KeyError, TypeError, InputError):
-        raise InputError(f"ckpt_path: its model.lora is {saved!r:.80}, which is none") from None
+        shown = reprlib.repr(saved)
+        raise InputError(f"ckpt_path: its model.lora is {shown}, which is none") from None
     return config
 
 
@@ -98,8 +101,7 @@ def load_adapters(model: GPTModel, checkpoint: dict[str, Any], weights: str | No
         for name, parameter in model.named_parameters():
             if is_adapter(name):
                 parameter.copy_(checkpoint["state_dict"][f"model.{name}"])
-                if not torch.isfinite(parameter).all():
-                    raise InputError(f"ckpt_path: {name} holds NaN or infinity")
+                check_finite([(name, parameter)], "ckpt_path")
 
 
 def name_base(settings: dict[str, Any]) -> str:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, hide_keys
 from lightning_sft.data.entries import KNOWN_SHA256, is_url, local_path
-from lightning_sft.models.checkpoint_file import check_whole, read_checkpoint
+from lightning_sft.models.checkpoint_file import read_checkpoint
+from lightning_sft.models.ready import read_run_config
 from lightning_sft.runs.run_folder import run_of
 
 # Of the trainer's many settings, those that the weights depend on.
@@ -64,7 +63,7 @@ class Origin:
             if self.config.get("trainer", {}).get(key) not in (None, -1)
         }
         found = {"model": model, "data": data, "trainer": trainer}
-        seed = {"seed_everything": self.config["seed_everything"]} if self.config else {}
+        seed = {key: self.config[key] for key in ("seed_everything",) if key in self.config}
         return seed | {key: value for key, value in found.items() if value}
 
 
@@ -72,19 +71,18 @@ def read_origin(path: str) -> Origin:
     """What the checkpoint or weights at `path`, and the run folder around it, say.
 
     Raises:
-        InputError: A damaged checkpoint (its sha256 differs from its sidecar).
+        InputError: The checkpoint or the run's config is no such thing.
     """
     file = Path(path)
     run = run_of(file)
     config: dict[str, Any] = {}
     if run is not None:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = read_run_config(run)
     name = run.parent.name if run is not None else file.stem
     generation = config.get("generation") or {}
     step, epoch, losses = None, None, {}
     if file.suffix == ".ckpt":
-        check_whole(file)
-        checkpoint = read_checkpoint(file, mmap=True)
+        checkpoint = read_checkpoint(file, mmap=True)  # whoever loads the model checks the rest
         generation = checkpoint["hyper_parameters"].get("generation") or generation
         step, epoch = checkpoint["global_step"], checkpoint["epoch"]
         losses = checkpoint.get("metrics", {})
@@ -104,7 +102,7 @@ def _data(config: dict[str, Any]) -> dict[str, str | None]:
     """Names and digests of the data files; a digest is of the file as it is now."""
     found = {}
     for key in ("path", "val_path", "test_path"):
-        if source := config.get("data", {}).get(key):
+        if isinstance(source := config.get("data", {}).get(key), str):
             found[public_name(source)] = _digest(source)
     return found
 

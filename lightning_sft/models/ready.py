@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.prompts import PromptStyle, get_style
+from lightning_sft.data.prompts import PromptStyle, get_style, style_of_run
 from lightning_sft.models.checkpoint_file import read_checkpoint
-from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.models.loading import load_weights
+from lightning_sft.models.files import find_weights
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.loading import fill, load_weights
 from lightning_sft.models.lora import add_lora, final_architecture, merge_lora
 from lightning_sft.models.lora_checkpoint import load_adapters, saved_config
-from lightning_sft.models.registry import get_config
+from lightning_sft.models.registry import ARCHITECTURES, REPOSITORIES, get_config
 from lightning_sft.runs.run_folder import run_of
 
 
@@ -38,26 +38,40 @@ def load_for_answers(
         InputError: The path holds no weights, or they do not say their architecture.
     """
     if path.endswith(".ckpt"):
-        checkpoint = read_checkpoint(Path(path), mmap=True)
-        hparams = checkpoint["hyper_parameters"]
-        config = get_config(hparams["architecture"])
-        style = get_style(hparams["prompt_style"], hparams["header_in_prompt"])
-        if saved_config(hparams) is not None:
-            return _load_merged(checkpoint, weights).eval(), style
-    else:
-        run = _run_settings(Path(path))
-        found = architecture or run.get("architecture") or _guess_architecture(path)
-        if found is None:
-            raise InputError(f"{path}: does not say its architecture; give --architecture")
-        config = get_config(found)
-        style = get_style(
-            prompt_style or run.get("prompt_style", "alpaca"),
-            run.get("header_in_prompt", True) if header_in_prompt is None else header_in_prompt,
-        )
-    with torch.device("meta"):
-        model = GPTModel(config)
+        return _load_checkpoint(Path(path), weights)
+    run = run_of(Path(path))
+    settings = read_run_config(run) if run is not None else {}
+    found = architecture or _run_architecture(settings) or _guess_architecture(path)
+    if found is None:
+        find_weights(path)  # that it is not there comes first
+        raise InputError(f"{path}: does not say its architecture; give --architecture")
+    data = settings.get("data", {})
+    style = get_style(
+        prompt_style or style_of_run(data) or "alpaca",
+        data.get("header_in_prompt", True) if header_in_prompt is None else header_in_prompt,
+    )
+    model = _make(found)
     load_weights(model, path)
     return model.eval(), style
+
+
+def _load_checkpoint(path: Path, weights: str | None) -> tuple[GPTModel, PromptStyle]:
+    checkpoint = read_checkpoint(path, mmap=True, check=True)
+    settings = checkpoint["hyper_parameters"]
+    try:
+        style = get_style(settings["prompt_style"], settings["header_in_prompt"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"ckpt_path: {path}: its prompt style is damaged ({error})") from None
+    if saved_config(settings) is not None:
+        return _load_merged(checkpoint, weights).eval(), style
+    model = _make(settings["architecture"])
+    fill(model, checkpoint["state_dict"], path)
+    return model.eval(), style
+
+
+def _make(architecture: str | dict[str, Any] | GPTConfig) -> GPTModel:
+    with torch.device("meta"):
+        return GPTModel(get_config(architecture))
 
 
 def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:
@@ -66,8 +80,7 @@ def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:
     if weights is not None:
         settings = settings | {"weights": weights}
     base = settings.get("weights")
-    with torch.device("meta"):
-        model = GPTModel(get_config(settings["architecture"]))
+    model = _make(settings["architecture"])
     if base is None:
         model.randomize(int(settings.get("seed", 0)))
     else:
@@ -78,37 +91,59 @@ def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:
     return merge_lora(model)
 
 
-def choose_device(device: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU.
+def find_device(name: str) -> torch.device | None:
+    """The device of that name, None if this machine does not have it.
 
-    Raises:
-        InputError: Unknown, or not on this machine.
+    Args:
+        name: `auto` (CUDA, then MPS, then the CPU), `gpu` (one of the first two), or a device as
+            torch names it, such as `cuda:1`.
     """
-    available = {
+    here = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if device == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available.get(device.split(":")[0], False):
-        there = [name for name, here in available.items() if here]
+    wanted = {"auto": ("cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}
+    found = [one for one in wanted.get(name, (name,)) if here.get(one.split(":")[0], False)]
+    return torch.device(found[0]) if found else None
+
+
+def choose_device(device: str) -> torch.device:
+    """`find_device`, where there must be one.
+
+    Raises:
+        InputError: Unknown, or not on this machine.
+    """
+    found = find_device(device)
+    if found is None:
+        there = [name for name in ("cuda", "mps", "cpu") if find_device(name) is not None]
         raise InputError(f"device: {device!r} is not here; allowed: auto, {', '.join(there)}")
-    return torch.device(device)
+    return found
 
 
-def _run_settings(weights: Path) -> dict[str, Any]:
-    """What the configuration beside a run's weights says of architecture and style."""
-    run = run_of(weights)
-    if run is None:
-        return {}
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    data = {key: config["data"][key] for key in ("prompt_style", "header_in_prompt")}
-    return data | {"architecture": dataclasses.asdict(final_architecture(config["model"]))}
+def read_run_config(run: Path) -> dict[str, Any]:
+    """A run's `config.yaml`, whose sections are what others rely on.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    config = read_config(run / "config.yaml")
+    kinds: dict[str, tuple[type, ...]] = {"prompt_style": (str, dict), "header_in_prompt": (bool,)}
+    for key, allowed in kinds.items():
+        value = config.get("data", {}).get(key, allowed[0]())
+        if not isinstance(value, allowed):
+            raise InputError(f"{run / 'config.yaml'}: data.{key} is {value!r:.40}, which is none")
+    return config
+
+
+def _run_architecture(config: dict[str, Any]) -> GPTConfig | None:
+    """Of the final weights of the run with that config."""
+    model = config.get("model", {})
+    return final_architecture(model) if model.get("architecture") else None
 
 
 def _guess_architecture(path: str) -> str | None:
     """From the book's file names, gpt2-medium355M-sft.pth, or a name such as gpt2-medium."""
     name = Path(path).name
-    known = ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    return next((size for size in known if name.startswith(size)), None)
+    names = {repository: size for size, repository in REPOSITORIES.items()}
+    return names.get(path) or next((size for size in ARCHITECTURES if name.startswith(size)), None)

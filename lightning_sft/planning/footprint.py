@@ -6,11 +6,10 @@ in B rows of width W:
     weights      4 P
     gradients    4 T, and as much again for DDP's buckets
     optimizer    what it keeps per parameter (AdamW: 8), measured on a small tensor, times T
-    activations  a block keeps 16 numbers per token and dimension for its backward pass: the inputs
-                 of its two norms, their outputs, query, key and value, attention's result and, four
-                 wide each, the two sides of GELU. A packed batch keeps query, key, value and
-                 attention's result for all B·W places and one more per computed token; dropout adds
-                 masks, and attention weights where it rules out the fused kernel
+    activations  what a block keeps per token and dimension for its backward pass, as the model's
+                 family says (GPT-2: 16 numbers). A packed batch keeps those of attention for all
+                 B·W places and one more per computed token; dropout adds masks, and attention
+                 weights where it rules out the fused kernel
     head         a chunk of logits, and the gradient of the head while chunks are added to it
 
 With LoRA only adapters count as trained; each adds `rank` numbers per token to the activations, and
@@ -35,10 +34,13 @@ import torch
 
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.lora import LoRALinear, add_lora
+from lightning_sft.models.ready import find_device
+from lightning_sft.models.registry import family_of
 from lightning_sft.planning.outlook import BatchShape
 from lightning_sft.training.loss import CHUNK_SIZE
 from lightning_sft.training.module import SFTModule
 
+FLOAT32, MASK = 4.0, 1.0  # bytes of a number, and of dropout's mask for one
 # Autocast keeps the residual stream in float32 and one bfloat16 copy for each linear layer.
 MIXED_SHARE = 0.65
 
@@ -70,43 +72,64 @@ def estimate_memory(
     Args:
         sharded: The model is divided among the devices; otherwise each has a copy.
     """
-    total, trained = count_parameters(module)
-    config, packed = module.config, batch.tokens != batch.rows * batch.width
-    places, tokens = batch.rows * batch.width, batch.tokens
-    numbers: float = 13 * tokens + 4 * places if packed else 16 * tokens  # for each dimension
-    model, blocks = skeleton(module), config.n_layers
-    if module.lora is not None:
-        blocks, more = count_adapter_numbers(model, module.lora.dropout)
-        numbers += more * tokens
-    per_block = numbers * config.emb_dim * 4.0
-    dropout = 0.0  # of one block
-    if config.drop_rate > 0:
-        dropout = 2.0 * tokens * config.emb_dim + 12.0 * places * config.n_heads * batch.width
-    stream = 3.0 * tokens * config.emb_dim * 4  # before and behind the blocks
+    model, (total, trained) = skeleton(module), count_parameters(module)
+    blocks, per_block, dropout = _measure_block(module, model, batch)
+    stream = 3.0 * batch.tokens * module.config.emb_dim * FLOAT32  # before and behind the blocks
     if module.activation_checkpointing:  # each block's input, and one block in full
-        stream += blocks * tokens * config.emb_dim * 4.0
+        stream += blocks * batch.tokens * module.config.emb_dim * FLOAT32
         blocks = min(blocks, 1)
     activations = blocks * (per_block + dropout) + stream
     mixed = blocks * (MIXED_SHARE * per_block + dropout) + stream
     head_trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
-    head = min(CHUNK_SIZE, tokens) * config.vocab_size * 4.0 + head_trained * 4
-    weights = 4.0 * total
-    gradients = 4.0 * trained * (2 if devices > 1 and not sharded else 1)
+    logits = min(CHUNK_SIZE, batch.tokens) * module.config.vocab_size
+    head = FLOAT32 * (logits + head_trained)
+    weights, gradients = FLOAT32 * total, FLOAT32 * trained
     optimizer = trained * measure_optimizer(module)
     if sharded:
-        in_blocks = sum(p.numel() for p in model.trf_blocks.parameters())
-        # Gathered at once: what is outside of the blocks, and one of them.
-        whole = 4.0 * (total - in_blocks + in_blocks / config.n_layers)
+        whole = FLOAT32 * _count_gathered(model, total)
         weights, gradients = weights / devices + whole, gradients / devices + whole
         optimizer /= devices
+    elif devices > 1:
+        gradients *= 2  # DDP's buckets
     if "true" in precision and "16" in precision:
         return Memory(weights / 2, gradients / 2, optimizer / 2, activations / 2, head)
     if "16" in precision:
-        # Half-precision products of the head beside the exact softmax.
+        # Half-precision copies of the weights, and products of the head beside the exact softmax.
         return Memory(1.5 * weights, gradients, optimizer, mixed, 2 * head)
     if "64" in precision:
         return Memory(2 * weights, 2 * gradients, 2 * optimizer, 2 * activations, 2 * head)
     return Memory(weights, gradients, optimizer, activations, head)
+
+
+def _measure_block(
+    module: SFTModule, model: GPTModel, batch: BatchShape
+) -> tuple[int, float, float]:
+    """How many blocks keep anything, the bytes that one keeps, and those of its dropout."""
+    config, kept = module.config, family_of(module.config).kept
+    places = batch.rows * batch.width  # in attention: B rows of width W
+    by_token = kept.residual + kept.normed + kept.feed_forward
+    numbers: float = by_token * batch.tokens + kept.attention * places
+    if batch.tokens != places:  # packed: attention's result is taken back to the computed tokens
+        numbers += batch.tokens
+    blocks = config.n_layers
+    if module.lora is not None:
+        blocks, more = count_adapter_numbers(model, module.lora.dropout)
+        numbers += more * batch.tokens
+    dropout = 0.0
+    if config.drop_rate > 0:
+        # A mask for each of the two shortcuts. Dropout rules out the fused kernel, so there are
+        # attention weights, W for each place and head: as softmax made them, the mask (numbers
+        # too), and their product.
+        of_shortcuts = 2 * MASK * batch.tokens * config.emb_dim
+        of_weights = 3 * FLOAT32 * places * config.n_heads * batch.width
+        dropout = of_shortcuts + of_weights
+    return blocks, numbers * config.emb_dim * FLOAT32, dropout
+
+
+def _count_gathered(model: GPTModel, total: int) -> float:
+    """Parameters that a sharded model holds whole at one time: one block, and what is in none."""
+    in_blocks = sum(p.numel() for p in model.trf_blocks.parameters())
+    return total - in_blocks + in_blocks / len(model.trf_blocks)
 
 
 def count_parameters(module: SFTModule) -> tuple[int, int]:
@@ -133,18 +156,18 @@ def count_adapter_numbers(model: GPTModel, dropout: float) -> tuple[int, float]:
         that one of them keeps beyond a trained block, fewer than none where frozen layers need not
         know their inputs again.
     """
+    inputs = family_of(model.config).kept.inputs
     more, kept = 0.0, 0
     for block in model.trf_blocks:
         adapted = {n: part for n, part in block.named_modules() if isinstance(part, LoRALinear)}
         if not adapted and not kept:
             continue
         kept += 1
-        more -= not adapted.keys() & {"att.W_query", "att.W_key", "att.W_value"}
-        more -= "ff.layers.0" not in adapted
-        more -= 4 * ("ff.layers.2" not in adapted)
+        more -= sum(width for names, width in inputs if not adapted.keys() & set(names))
         for part in adapted.values():
-            more += part.lora_a.shape[0] / model.config.emb_dim
-            more += 1.25 * (dropout > 0) * part.in_features / model.config.emb_dim  # and its mask
+            more += part.lora_a.shape[0] / model.config.emb_dim  # A's output
+            if dropout > 0:  # the dropped input, and its mask of one byte a number
+                more += (1 + MASK / FLOAT32) * part.in_features / model.config.emb_dim
     return kept, more / max(kept, 1)
 
 
@@ -157,20 +180,6 @@ def measure_optimizer(module: SFTModule) -> float:
     state = optimizer.state[parameter].values()
     kept = [value for value in state if isinstance(value, torch.Tensor)]
     return sum(value.numel() * value.element_size() for value in kept) / parameter.numel()
-
-
-def find_device(accelerator: str) -> torch.device | None:
-    """The device that a trainer of that accelerator would use, None if it is not here."""
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    wanted = {"auto": ("cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}
-    for name in wanted.get(accelerator, (accelerator,)):
-        if here.get(name):
-            return torch.device(name)
-    return None
 
 
 def free_memory(device: torch.device) -> float:

@@ -26,12 +26,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_sft.common.arguments import explain, option_names
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.data.datamodule import InstructionDataModule
+from lightning_sft.models.ready import find_device
 from lightning_sft.planning.footprint import (
     Memory,
     count_devices,
     count_parameters,
     estimate_memory,
-    find_device,
     free_memory,
 )
 from lightning_sft.planning.outlook import Outlook
@@ -264,10 +264,10 @@ def _explain_misfit(
             f"{message}; one row does not fit either, weights, gradients and optimizer alone take "
             f"{fixed / GB:.3g} GB; take a smaller model or trainer.precision bf16-true"
         )
-    rest = ", for nearly the same steps" if outlook.data.group_by_length else ", for the same steps"
+    nearly = "nearly " if outlook.data.config.group_by_length else ""
     return (
         f"{message}; use --data.batch_size {pair[0]} --trainer.accumulate_grad_batches {pair[1]}"
-        f"{rest}"
+        f", for {nearly}the same steps"
     )
 
 

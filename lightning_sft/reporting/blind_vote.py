@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.pages import build_page
 from lightning_sft.reporting import pages
@@ -78,7 +79,7 @@ def read_votes(path: Path, runs: Sequence[Sequence[Response]]) -> list[Vote]:
         InputError: Not a file of votes, or votes on another comparison.
     """
     try:
-        exported = json.loads(Path(path).read_text("utf-8"))
+        exported = files.read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"votes: {path} cannot be read ({type(error).__name__})") from None
     if not isinstance(exported, dict) or exported.get("format") != FORMAT:

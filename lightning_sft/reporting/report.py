@@ -14,7 +14,6 @@ import base64
 import csv
 import datetime
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -85,7 +84,7 @@ def collect(folder: Path) -> dict[str, Any]:
         **judge_answers(responses, records),
         "evaluation": load(EVALUATION_NAME, read_evaluation) or [],
         "config": load("config.yaml", _read_text),
-        "versions": load("versions.json", lambda path: json.loads(path.read_text("utf-8"))),
+        "versions": load("versions.json", files.read_json),
         "notes": notes,
     }
     found["versions_here"] = _versions_here()
@@ -124,13 +123,12 @@ def judge_answers(responses: Sequence[Response], records: list[dict[str, Any]]) 
 def _read_training(path: Path) -> dict[str, list[Point]]:
     """Column → (step, value) pairs. Empty and torn cells are skipped: the file is sparse."""
     series: dict[str, list[Point]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = _figure(row.get("step"))
-            for column, text in row.items():
-                value = _figure(text)
-                if column not in (None, "step") and step is not None and value is not None:
-                    series.setdefault(column, []).append((step, value))
+    for row in csv.DictReader(files.read_text(path).splitlines()):
+        step = _figure(row.get("step"))
+        for column, text in row.items():
+            value = _figure(text)
+            if column not in (None, "step") and step is not None and value is not None:
+                series.setdefault(column, []).append((step, value))
     return series
 
 
@@ -144,14 +142,17 @@ def _figure(text: Any) -> float | None:
 
 def _read_text(path: Path) -> str:
     """The file's text. Keys are refused in configs; should one be there, it goes no further."""
-    return hide_keys(path.read_text("utf-8"))
+    return hide_keys(files.read_text(path))
 
 
 def _picture(folder: Path) -> str | None:
     path = folder / "loss-curve.png"
     if not path.is_file():
         return None
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return (
+        "data:image/png;base64,"
+        + base64.b64encode(files.read_bytes(path, files.MOST_SMALL)).decode()
+    )
 
 
 def _versions_here() -> dict[str, str]:

@@ -6,10 +6,10 @@ again replaces its own. This module does not import torch.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 
 EVALUATION_NAME = "evaluation.json"
@@ -32,7 +32,7 @@ def read_evaluation(path: Path) -> list[dict[str, Any]]:
         InputError: It is none.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = files.read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a file of results ({error})") from None
     wanted = {"task", "metric", "value", "stderr", "samples", "shots"}

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.entries import Entry, read_entries, read_records
+from lightning_sft.data.config import describe_skipped
+from lightning_sft.data.entries import Entry, read_entries
+from lightning_sft.data.records import read_records
 
 RESPONSES_NAME = "instruction-data-with-response.json"
 
@@ -38,11 +42,17 @@ def as_list(paths: Path | list[Path] | None) -> list[Path]:
     return list(paths) if isinstance(paths, list) else [paths]
 
 
-def read_responses(path: str | Path, key: str = "model_response") -> list[Response]:
+def read_responses(
+    path: str | Path,
+    key: str = "model_response",
+    empty_output: Literal["error", "skip"] | None = None,
+) -> list[Response]:
     """Read and check a responses file or the one in a run folder.
 
     Args:
         key: Field that holds the answer, for example `model 1 response`.
+        empty_output: Whether an entry without a wanted answer is refused or left out, which is
+            printed. By default as `data.empty_output` says in the `config.yaml` beside the file.
 
     Raises:
         InputError: The file is missing or malformed, an entry lacks its wanted output or answer
@@ -54,10 +64,15 @@ def read_responses(path: str | Path, key: str = "model_response") -> list[Respon
     entries = read_entries(path, require_output=False)
     records = read_records(path)
     responses = []
+    skipped = []
+    empty_output = empty_output or _empty_output_of_run(path.parent)
     first_seen: dict[Response, int] = {}
     for index, (entry, record) in enumerate(zip(entries, records, strict=True)):
         where = f"{path}: entry {index}"
         if not entry.output.strip():
+            if empty_output == "skip":
+                skipped.append(index)
+                continue
             raise InputError(f"{where}: 'output' is blank; a score needs the wanted answer")
         if key not in record:
             raise InputError(
@@ -78,4 +93,17 @@ def read_responses(path: str | Path, key: str = "model_response") -> list[Respon
             raise InputError(f"{where}: repeats entry {first_seen[response]}; keep it once")
         first_seen[response] = index
         responses.append(response)
+    if not responses:
+        raise InputError(f"{path}: the 'output' of every entry is blank; a score needs it")
+    for line in describe_skipped({str(path): skipped}):
+        print(line)
     return responses
+
+
+def _empty_output_of_run(folder: Path) -> Literal["error", "skip"]:
+    """`data.empty_output` of the run that a folder holds; `error` where it says nothing."""
+    try:
+        data = read_config(folder / "config.yaml")["data"]
+        return "skip" if data["empty_output"] == "skip" else "error"
+    except (InputError, OSError, KeyError, TypeError):
+        return "error"

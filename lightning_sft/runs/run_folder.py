@@ -42,6 +42,40 @@ def run_of(path: Path) -> Path | None:
     return folder if path.is_file() and (folder / "config.yaml").is_file() else None
 
 
+def saved_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints that a run saved, by step; a copy under another name is none of them."""
+    names = (re.fullmatch(r"step-([0-9]+)\.ckpt", p.name) for p in run.glob("checkpoints/*.ckpt"))
+    steps = sorted((int(match[1]), match[0]) for match in names if match)
+    return [run / "checkpoints" / name for _, name in steps]
+
+
+def checkpoint_in(path: str | Path, option: str = "ckpt_path") -> Path:
+    """The file that is meant where a checkpoint may be given: for a run folder, its newest one.
+
+    A run folder without checkpoints stands for its final weights. Anything else comes back as it
+    is: a file, a folder of weights, or a name such as gpt2-medium.
+
+    Args:
+        option: What a complaint calls the path.
+
+    Raises:
+        InputError: A run folder with nothing in it, the folder of several runs, or no such file.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in (".ckpt", ".pth", ".pt", ".safetensors") and not path.exists():
+        raise InputError(f"{option}: {path}: no such file")
+    if not path.is_dir():
+        return path
+    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+        found = [*sorted(path.glob("*-sft.pth")), *saved_checkpoints(path)]
+        if not found:
+            raise InputError(f"{option}: the run {path} has saved no checkpoint and no weights yet")
+        return found[-1]
+    if newest := newest_run(path):
+        raise InputError(f"{option}: {path} holds runs; name one, such as {newest}")
+    return path
+
+
 def next_version(parent: Path) -> Path:
     """Take the next free `version_N`. Making the folder is the claim, so two runs never share.
 

@@ -1,4 +1,4 @@
-"""From a checked request to its answer: prompts into the engine, its news back out as a reply.
+"""From a checked request to its answer: prompts into the engine, its tokens back out as a reply.
 
 An answer that nobody waits for any more is cancelled, whatever the reason: the client left, a stop
 string came, the reply is complete.
@@ -7,76 +7,64 @@ string came, the reply is complete.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lightning_sft.common.errors import InputError
+from lightning_sft.common.errors import LightningSFTError
 from lightning_sft.decoding.answer_text import AnswerText
-from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.serving.context import Context
-from lightning_sft.serving.engine import Job, News, QueueFullError, StoppingError
+from lightning_sft.serving.engine import QueueFullError, StoppingError
 from lightning_sft.serving.gate import to_response
-from lightning_sft.serving.openai_reply import Choice, Envelope, event
-from lightning_sft.serving.openai_request import ApiError, Ask
+from lightning_sft.serving.job import Job, TokenEvent
+from lightning_sft.serving.openai_reply import Choice, Envelope, to_event
+from lightning_sft.serving.openai_request import AnswerRequest, ApiError
 
 STALLED_SECONDS = 30.0  # beyond an answer's own time, for a client that does not read it
 
 
 class Answering:
-    """A request's prompts in the engine, from its first token to its last.
+    """A request's prompts in the engine, from their first tokens to their last.
 
-    Raises:
-        ApiError: The engine does not take the prompts (400, 429, 503).
+    Args:
+        prompts: Token ids, one list for each of the request's.
     """
 
-    def __init__(self, context: Context, ask: Ask, prompts: list[list[int]], seed: int) -> None:
+    def __init__(self, context: Context, request: AnswerRequest, prompts: list[list[int]]) -> None:
         self.context = context
-        self.envelope = Envelope(ask, sum(map(len, prompts)))
-        self.jobs = [
-            Job(
-                ask.model,
-                prompt,
-                GenerationConfig(
-                    max_new_tokens=ask.max_tokens,
-                    temperature=ask.temperature,
-                    top_k=ask.top_k,
-                    top_p=ask.top_p,
-                    seed=seed,
-                ),
-                key=key,
-                top_logprobs=ask.top_logprobs,
-                seconds=context.limits.seconds,
-            )
-            for key, prompt in enumerate(prompts)
-        ]
-        style = context.models[ask.model].style if ask.chat else None
-        self.choices = [
-            Choice(index, ask, AnswerText(style, ask.stop), context.tokenizer)
-            for index in range(len(prompts))
-        ]
-        self.queue: asyncio.Queue[tuple[int, News] | None] = asyncio.Queue()
+        self.envelope = Envelope(request, sum(map(len, prompts)))
+        self.jobs = [make_job(request, context, place, ids) for place, ids in enumerate(prompts)]
+        self.choices = [make_choice(request, context, place) for place in range(len(prompts))]
+        self.queue: asyncio.Queue[tuple[int, TokenEvent] | None] = asyncio.Queue()
         self._watch: asyncio.Task[None] | None = None
-        for index, job in enumerate(self.jobs):
-            context.hub.listeners[job] = lambda news, index=index: self.queue.put_nowait(  # type: ignore[misc]
-                (index, news)
-            )
+
+    def begin(self) -> None:
+        """Hand the prompts to the engine, all or none.
+
+        Raises:
+            ApiError: It does not take them (400, 429, 503).
+        """
+        context = self.context
+        for place, job in enumerate(self.jobs):
+            context.hub.listeners[job] = functools.partial(self._hear, place)
         try:
             context.engine.submit(self.jobs)
-        except QueueFullError as error:
+        except LightningSFTError as error:
             self.close()
-            after = 1 + context.engine.waiting // context.limits.batch_size
-            raise ApiError(
-                429, f"Too many requests: {error}.", code="queue_full", retry_after=after
-            ) from None
-        except StoppingError:
-            self.close()
-            raise _stopping() from None
-        except InputError as error:
-            self.close()
+            if isinstance(error, QueueFullError):
+                after = 1 + context.engine.waiting // context.limits.batch_size
+                raise ApiError(
+                    429, f"Too many requests: {error}.", code="queue_full", retry_after=after
+                ) from None
+            if isinstance(error, StoppingError):
+                raise _stopping() from None
             raise ApiError(400, f"{error}.", code="context_length_exceeded") from None
+
+    def _hear(self, place: int, event: TokenEvent) -> None:
+        self.queue.put_nowait((place, event))
 
     def watch(self, receive: Receive) -> None:
         """Notice when the client leaves."""
@@ -99,12 +87,12 @@ class Answering:
             item = await self.queue.get()
             if item is None:
                 raise ClientDisconnect
-            index, news = item
-            choice, job = self.choices[index], self.jobs[index]
+            place, event = item
+            choice, job = self.choices[place], self.jobs[place]
             if choice.finish_reason is not None:
-                continue  # news that was under way when a stop string ended it
-            _demand_answer(news, choice)
-            text = choice.take(news.token, news.likelihood, news.end)
+                continue  # it was under way when a stop string ended the answer
+            _raise_failure(event, choice)
+            text = choice.take(event.token, event.logprobs, event.end)
             if choice.finish_reason is not None:
                 open_choices -= 1
                 job.cancel()
@@ -154,7 +142,7 @@ class Stream(Response):
             if not started:
                 await to_response(error)(scope, receive, send)
                 return
-            body = event(error.body)
+            body = to_event(error.body)
             await send({"type": "http.response.body", "body": body, "more_body": False})
         finally:
             stalled.cancel()
@@ -164,24 +152,44 @@ class Stream(Response):
         envelope, choices = self.answering.envelope, self.answering.choices
         begun = set()
         async for choice, text in self.answering.pieces():
-            if envelope.ask.chat and choice.index not in begun:
+            if envelope.request.chat and choice.index not in begun:
                 begun.add(choice.index)
                 yield envelope.opening(choice)
             if text:
                 yield envelope.piece(choice, text)
             if choice.finish_reason is not None:
                 yield envelope.closing(choice)
-        if envelope.ask.include_usage:
+        if envelope.request.include_usage:
             yield envelope.usage_chunk(choices)
         yield b"data: [DONE]\n\n"
 
 
-def _demand_answer(news: News, choice: Choice) -> None:
-    if news.end == "error":
+def make_job(request: AnswerRequest, context: Context, place: int, ids: list[int]) -> Job:
+    """One of a request's prompts, for the engine."""
+    return Job(
+        request.model,
+        ids,
+        request.settings,
+        key=place,
+        top_logprobs=request.top_logprobs,
+        seconds=context.limits.seconds,
+    )
+
+
+def make_choice(request: AnswerRequest, context: Context, place: int) -> Choice:
+    """The answer to one of a request's prompts, still empty."""
+    model = context.models[request.model]
+    text = AnswerText(model.style if request.chat else None, request.stop)
+    return Choice(place, request, text, model.tokenizer)
+
+
+def _raise_failure(event: TokenEvent, choice: Choice) -> None:
+    """An answer that there will not be, as the API says it."""
+    if event.end == "error":
         raise ApiError(500, "The model failed on this request; the server's log says how.")
-    if news.end == "stopping":
+    if event.end == "stopping":
         raise _stopping()
-    if news.end == "time" and not choice.num_tokens and news.token is None:
+    if event.end == "time" and not choice.num_tokens and event.token is None:
         raise ApiError(
             503, "The server did not come to this request in time.", code="timeout", retry_after=5
         )

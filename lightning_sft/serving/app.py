@@ -11,15 +11,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.serving.answers import Answering, Stream
-from lightning_sft.serving.context import Context
+from lightning_sft.serving.context import Context, LoadedModel
 from lightning_sft.serving.gate import to_response
+from lightning_sft.serving.log import log_line
 from lightning_sft.serving.openai_reply import to_json
 from lightning_sft.serving.openai_request import (
     ApiError,
     find_model,
-    read_ask,
     read_json,
+    read_request,
     render,
 )
 
@@ -48,7 +50,12 @@ class Service:
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/chat/prompt", self.prompt, methods=["POST"]),
         ]
-        handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error}
+        handlers: Any = {
+            ApiError: _answer_error,
+            HTTPException: _answer_http_error,
+            ClientDisconnect: _answer_nobody,
+            Exception: _answer_fault,
+        }
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def show_page(self, request: Request) -> Response:
@@ -82,7 +89,7 @@ class Service:
         body = await self._read(request)
         model = find_model(body, self.context.models)
         text = render(body, self.context.models[model].style)
-        ids = await self._encode(text)
+        ids = await self._encode(text, self.context.models[model].tokenizer)
         return _json(
             {
                 "object": "chat.prompt",
@@ -94,14 +101,17 @@ class Service:
         )
 
     async def _answer(self, request: Request, chat: bool) -> Response:
-        ask = read_ask(await self._read(request), self.context.rules, chat)
-        prompts = [p if isinstance(p, list) else await self._encode(p) for p in ask.prompts]
+        wanted = read_request(await self._read(request), self.context.rules, chat)
+        model = self.context.models[wanted.model]
+        prompts = [
+            prompt if isinstance(prompt, list) else await self._encode(prompt, model.tokenizer)
+            for prompt in wanted.prompts
+        ]
         for prompt in prompts:
-            self._check_ids(prompt, self.context.models[ask.model].context_length)
-        answering = Answering(
-            self.context, ask, prompts, self.context.new_seed() if ask.seed is None else ask.seed
-        )
-        if ask.stream:
+            self._check_ids(prompt, model)
+        answering = Answering(self.context, wanted, prompts)
+        answering.begin()
+        if wanted.stream:
             return Stream(answering)
         answering.watch(request.receive)
         texts = [""] * len(prompts)
@@ -138,28 +148,25 @@ class Service:
             raise ApiError(408, "The body took too long.", code="timeout") from None
         return read_json(bytes(body))
 
-    async def _encode(self, text: str) -> list[int]:
+    async def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
         if len(text) > self.context.limits.prompt_tokens * LONGEST_TOKEN:
             raise self._too_long(f"over {self.context.limits.prompt_tokens}")
         if len(text) < 10_000:
-            return self.context.tokenizer.encode(text)
-        return await asyncio.to_thread(
-            self.context.tokenizer.encode, text
-        )  # others need not wait for it
+            return tokenizer.encode(text)
+        return await asyncio.to_thread(tokenizer.encode, text)  # others need not wait for it
 
-    def _check_ids(self, prompt: list[int], context_length: int) -> None:
+    def _check_ids(self, prompt: list[int], model: LoadedModel) -> None:
         if len(prompt) > self.context.limits.prompt_tokens:
             raise self._too_long(str(len(prompt)))
-        if not all(0 <= token < self.context.tokenizer.vocab_size for token in prompt):
-            message = (
-                f"prompt holds a token id outside 0 to {self.context.tokenizer.vocab_size - 1}."
-            )
+        most = model.tokenizer.vocab_size - 1
+        if not all(0 <= token <= most for token in prompt):
+            message = f"prompt holds a token id outside 0 to {most}."
             raise ApiError(400, message, param="prompt", code="invalid_value")
-        if len(prompt) >= context_length:
+        if len(prompt) >= model.context_length:
             raise ApiError(
                 400,
                 f"The prompt has {len(prompt)} tokens, which leaves no room for an answer in the "
-                f"model's context of {context_length}.",
+                f"model's context of {model.context_length}.",
                 code="context_length_exceeded",
             )
 
@@ -171,27 +178,39 @@ class Service:
 
     def _describe(self, name: str) -> dict[str, Any]:
         model, rules = self.context.models[name], self.context.rules
+        most, default = rules.limits.max_tokens, rules.generation
         return {
             "id": name,
             "object": "model",
-            "created": model.created,
+            "created": self.context.created,
             "owned_by": "lightning_sft",
             "context_length": model.context_length,
             "prompt_style": model.style.name,
             "defaults": {
-                "max_tokens": min(rules.max_new_tokens, rules.max_tokens),
-                "temperature": rules.temperature,
-                "top_p": rules.top_p,
-                "top_k": rules.top_k,
-                "seed": rules.seed,
+                "max_tokens": min(default.max_new_tokens, most),
+                "temperature": default.temperature,
+                "top_p": default.top_p,
+                "top_k": default.top_k,
+                "seed": default.seed,
             },
-            "limits": {"max_tokens": rules.max_tokens},
+            "limits": {"max_tokens": most},
         }
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return to_response(error)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left before its request was whole."""
+    log_line("warning: a client left before all of its request was there")
+    return Response(status_code=499)
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    """A mistake of ours; Starlette raises it again, and the gate writes it down."""
+    return to_response(ApiError(500, "The server failed on this request; its log says how."))
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

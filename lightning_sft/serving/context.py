@@ -1,4 +1,4 @@
-"""What every request is answered with: the engine, who hears of its news, and what is allowed."""
+"""What every request is answered with: the models, their engine, its events, what is allowed."""
 
 from __future__ import annotations
 
@@ -6,41 +6,47 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import GPT2Tokenizer
-from lightning_sft.serving.engine import Engine, Job, News
+from lightning_sft.data.tokenizer import Tokenizer
+from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.serving.engine import Engine
+from lightning_sft.serving.job import Job, TokenEvent
 from lightning_sft.serving.openai_request import Rules
 from lightning_sft.serving.settings import Limits
 
 
-@dataclass(frozen=True)
-class Served:
-    """One model of the server."""
+class LoadedModel(NamedTuple):
+    """What is needed to answer with a model."""
 
+    model: GPTModel
     style: PromptStyle
-    context_length: int
-    created: int
+    tokenizer: Tokenizer
+
+    @property
+    def context_length(self) -> int:
+        return self.model.config.context_length
 
 
 class Hub:
-    """Carries the engine's news from its thread to whoever waits for them in the event loop."""
+    """Carries the engine's events from its thread to whoever waits for them in the event loop."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.listeners: dict[Job, Callable[[News], None]] = {}
+        self.listeners: dict[Job, Callable[[TokenEvent], None]] = {}
 
-    def deliver(self, news: list[tuple[Job, News]]) -> None:
+    def deliver(self, events: list[tuple[Job, TokenEvent]]) -> None:
         """Called in the engine's thread, once a step."""
         if self.loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                self.loop.call_soon_threadsafe(self._hand_out, news)
+                self.loop.call_soon_threadsafe(self._hand_out, events)
 
-    def _hand_out(self, news: list[tuple[Job, News]]) -> None:
-        for job, item in news:
+    def _hand_out(self, events: list[tuple[Job, TokenEvent]]) -> None:
+        for job, event in events:
             listener = self.listeners.get(job)
             if listener is not None:
-                listener(item)
+                listener(event)
 
 
 @dataclass(frozen=True)
@@ -49,17 +55,18 @@ class Context:
 
     Args:
         engine: Computes all answers.
-        hub: Brings its news to the requests.
+        hub: Brings its events to the requests.
         models: By the names that the API gives them.
-        rules, limits: What a request may ask for, and what clients may cost.
-        tokenizer: Of all models.
-        new_seed: Makes one for a request that has none.
+        rules: What a request may ask for.
+        created: When the server began, in seconds of the epoch.
     """
 
     engine: Engine
     hub: Hub
-    models: Mapping[str, Served]
+    models: Mapping[str, LoadedModel]
     rules: Rules
-    limits: Limits
-    tokenizer: GPT2Tokenizer
-    new_seed: Callable[[], int]
+    created: int
+
+    @property
+    def limits(self) -> Limits:
+        return self.rules.limits

@@ -7,28 +7,31 @@ long one. Greedy tokens are those of `generate` for the prompt alone (in float32
 differ by less than rounding does); sampled ones depend on the request's own seed, not on who else
 is being answered.
 
-    >>> engine = Engine({"mine": model}, deliver=lambda news: print(news))
+Whatever fails for several rows is taken again for each alone. Who fails then has ended with an
+error, and the others go on with the text that they would have had anyway.
+
+    >>> engine = Engine({"mine": model}, deliver=print, eos_token_ids={"mine": 50256})
     >>> engine.start()
     >>> engine.submit([Job("mine", tokenizer.encode("Hello"), GenerationConfig())])
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
-from lightning_sft.common.errors import LightningSFTError, hide_keys
-from lightning_sft.data.tokenizer import END_OF_TEXT
-from lightning_sft.decoding.batch import Batch
-from lightning_sft.decoding.generation import GenerationConfig, check_prompts, mix_seed, sample
+from lightning_sft.common.errors import LightningSFTError
+from lightning_sft.decoding.batch import RunningBatch
+from lightning_sft.decoding.generation import check_prompts, seed_row
 from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.serving.job import Job, TokenEvent
+from lightning_sft.serving.log import log_error
+from lightning_sft.serving.sampling import find_logprobs, isolate, sample_each
 
 
 class QueueFullError(LightningSFTError):
@@ -39,62 +42,12 @@ class StoppingError(LightningSFTError):
     """The engine takes nothing new, because it is about to end."""
 
 
-class Likelihood(NamedTuple):
-    """Log-probability of a token, and of the likeliest ones in its place."""
-
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-class News(NamedTuple):
-    """What became of a job in one step.
-
-    Args:
-        token: The token it took; None when it took none.
-        likelihood: The token's, where the job asked for it.
-        end: Why it is over: `stop` (end-of-text), `length` (its most tokens, or the context is
-            full), `time`, `stopping` (the engine ends) or `error`; None while it goes on.
-    """
-
-    token: int | None
-    likelihood: Likelihood | None = None
-    end: str | None = None
-
-
-@dataclass(eq=False)
-class Job:
-    """One prompt to be answered.
-
-    Args:
-        model: Name of the model that answers.
-        prompt: Token ids.
-        settings: Its `batch_size` is not used.
-        key: Beside the seed, what sampling depends on, as in `generation.decode`.
-        top_logprobs: Report tokens' log-probabilities with this many alternatives.
-        seconds: How long it may take, waiting included.
-    """
-
-    model: str
-    prompt: Sequence[int]
-    settings: GenerationConfig
-    key: int = 0
-    top_logprobs: int | None = None
-    seconds: float = float("inf")
-    cancelled: bool = False
-    left: int = 0
-    deadline: float = float("inf")
-    rng: torch.Generator = field(default_factory=torch.Generator)
-
-    def cancel(self) -> None:
-        """Nobody wants the answer any more; may be called from any thread."""
-        self.cancelled = True
-
-
 @dataclass
 class Lane:
     """One model, its running batch, and the jobs of the batch's rows."""
 
-    batch: Batch
+    batch: RunningBatch
+    eos_token_id: int | None
     jobs: list[Job] = field(default_factory=list)
     waiting: deque[Job] = field(default_factory=deque)
 
@@ -104,7 +57,8 @@ class Engine:
 
     Args:
         models: By name; they are put into evaluation mode.
-        deliver: Told the news of every step, in the engine's thread.
+        deliver: Called with what every step brought, in the engine's thread.
+        eos_token_ids: What ends an answer, by model; without one, no token does.
         batch_size: Most rows of a batch.
         queue: Most jobs that may wait to join.
         prefill_tokens: Most prompt tokens read between two steps, but for one longer prompt, so
@@ -114,17 +68,20 @@ class Engine:
     def __init__(
         self,
         models: Mapping[str, GPTModel],
-        deliver: Callable[[list[tuple[Job, News]]], None],
+        deliver: Callable[[list[tuple[Job, TokenEvent]]], None],
         *,
+        eos_token_ids: Mapping[str, int],
         batch_size: int = 32,
         queue: int = 128,
         prefill_tokens: int = 2048,
-        eos_token_id: int | None = END_OF_TEXT,
     ) -> None:
-        self.lanes = {name: Lane(Batch(model.eval())) for name, model in models.items()}
+        self.lanes = {
+            name: Lane(RunningBatch(model.eval()), eos_token_ids.get(name))
+            for name, model in models.items()
+        }
         self.deliver = deliver
         self.batch_size, self.queue = batch_size, queue
-        self.prefill_tokens, self.eos_token_id = prefill_tokens, eos_token_id
+        self.prefill_tokens = prefill_tokens
         self.steps = 0  # taken so far, by all models
         self.draining = False
         self._changed = threading.Condition()
@@ -145,8 +102,8 @@ class Engine:
         for job in jobs:
             context = self.lanes[job.model].batch.model.config.context_length
             check_prompts([job.prompt], context)
-            job.left = min(job.settings.max_new_tokens, context - len(job.prompt))
-            job.rng.manual_seed(mix_seed(job.settings.seed, job.key))
+            job.most = min(job.settings.max_new_tokens, context - len(job.prompt))
+            job.rng = seed_row(job.settings.seed, job.key)
             job.deadline = time.monotonic() + job.seconds
         with self._changed:
             if self.draining:
@@ -209,22 +166,23 @@ class Engine:
         """Let go of those who wait, and are not wanted any more or have waited too long."""
         if not lane.waiting:
             return
-        now, news = time.monotonic(), []
+        now, events = time.monotonic(), []
         with self._changed:
             for job in list(lane.waiting):
                 reason = "stopping" if self.draining else "time" if now >= job.deadline else None
                 if job.cancelled or reason:
                     lane.waiting.remove(job)
                     if not job.cancelled:
-                        news.append((job, News(None, end=reason)))
-        self._tell(news)
+                        events.append((job, TokenEvent(None, end=reason)))
+        self._report(events)
 
     def _admit(self, lane: Lane) -> None:
         """Let those join who have waited longest, as far as there is room."""
         joining: list[Job] = []
+        before = len(lane.jobs)
         with self._changed:
             tokens = 0
-            while lane.waiting and len(lane.jobs) + len(joining) < self.batch_size:
+            while lane.waiting and before + len(joining) < self.batch_size:
                 tokens += len(lane.waiting[0].prompt)
                 if joining and tokens > self.prefill_tokens:
                     break
@@ -232,96 +190,93 @@ class Engine:
             lane.jobs += joining
         if not joining:
             return
-        try:
-            lane.batch.join([job.prompt for job in joining])
-        except Exception as error:  # those under way are not to suffer
-            _complain(error)
-            del lane.jobs[-len(joining) :]
-            self._tell([(job, News(None, end="error")) for job in joining])
+
+        def join(places: Sequence[int]) -> list[Job]:
+            jobs = [joining[place] for place in places]
+            lane.batch.join([job.prompt for job in jobs])
+            return jobs
+
+        joined, faults = isolate(range(len(joining)), join)
+        lane.jobs[before:] = joined.values()
+        self._report([self._fault(joining[place], faults[place]) for place in faults])
 
     def _step(self, lane: Lane) -> None:
         """One token for every row; rows that are finished leave."""
         if not lane.jobs:
             return
         self.steps += 1
-        tokens = sample_each(lane.batch.logits, lane.jobs)
-        likelihoods = find_likelihoods(lane.batch.logits, tokens, lane.jobs)
-        news, going_on, now = [], [], time.monotonic()
-        for slot, (job, token) in enumerate(zip(lane.jobs, tokens.tolist(), strict=True)):
+        tokens, faults = sample_each(lane.batch.logits, lane.jobs)
+        logprobs, unrated = find_logprobs(lane.batch.logits, tokens, lane.jobs)
+        faults |= unrated
+        events, going_on, now = [], [], time.monotonic()
+        for row, job in enumerate(lane.jobs):
             if job.cancelled:
                 continue
-            end = None
-            if token == self.eos_token_id:
-                news.append((job, News(None, end="stop")))
+            if row in faults:
+                events.append(self._fault(job, faults[row]))
                 continue
-            job.left -= 1
-            if job.left == 0:
+            token, end = tokens[row], None
+            if token == lane.eos_token_id:
+                events.append((job, TokenEvent(None, end="stop")))
+                continue
+            job.written.append(token)
+            if len(job.written) == job.most:
                 end = "length"
             elif now >= self._end_at:
                 end = "stopping"
             elif now >= job.deadline:
                 end = "time"
-            news.append((job, News(token, likelihoods.get(slot), end)))
+            events.append((job, TokenEvent(token, logprobs.get(row), end)))
             if end is None:
-                going_on.append(slot)
-        # Told before the next step is computed: an answer need not wait for it. Whoever left in
+                going_on.append(row)
+        # Reported before the next step is computed: an answer need not wait for it. Whoever left in
         # between is noticed then.
-        self._tell(news)
-        jobs, lane.jobs = lane.jobs, [lane.jobs[slot] for slot in going_on]
-        slots = lane.batch.feed(tokens, going_on)
-        lane.jobs = [jobs[slot] for slot in slots]
+        self._report(events)
+        jobs, lane.jobs = lane.jobs, [lane.jobs[row] for row in going_on]
+        taken = [tokens.get(row, 0) for row in range(len(jobs))]  # 0 where a row leaves anyway
+        device = lane.batch.logits.device
+        try:
+            slots = lane.batch.feed(torch.tensor(taken, device=device), going_on)
+        except Exception as error:  # whatever it was, it need not concern all of them
+            log_error(error, "a step failed: ")
+        else:
+            lane.jobs = [jobs[slot] for slot in slots]
+            return
+        self._rebuild(lane)  # outside of the handler, which holds the old batch's memory
+
+    def _rebuild(self, lane: Lane) -> None:
+        """Take the step that failed for each row alone, in a new batch of those who pass it.
+
+        The old batch may be half changed. A row is its prompt and the tokens it has taken; it is
+        read from these, and fed its last one as in the step that failed.
+        """
+        model = lane.batch.model
+        lane.batch = RunningBatch(model)
+        jobs, lane.jobs = lane.jobs, []
+        if len(jobs) == 1:
+            self._report([(jobs[0], TokenEvent(None, end="error"))])  # it was alone already
+            return
+        for job in jobs:
+            try:
+                alone = RunningBatch(model)
+                alone.join([job.prompt + job.written[:-1]])
+                alone.feed(torch.tensor(job.written[-1:], device=alone.logits.device))
+                lane.batch.absorb(alone)
+                lane.jobs.append(job)
+            except Exception as error:
+                self._report([self._fault(job, error)])
+
+    def _fault(self, job: Job, error: Exception) -> tuple[Job, TokenEvent]:
+        log_error(error, "an answer failed: ")
+        return job, TokenEvent(None, end="error")
 
     def _fail(self, lane: Lane, error: Exception) -> None:
         """Give up the rows of a batch, and begin a new one."""
-        _complain(error)
+        log_error(error, "all answers under way failed: ")
         failed, lane.jobs = lane.jobs, []
-        lane.batch = Batch(lane.batch.model)
-        self._tell([(job, News(None, end="error")) for job in failed])
+        lane.batch = RunningBatch(lane.batch.model)
+        self._report([(job, TokenEvent(None, end="error")) for job in failed])
 
-    def _tell(self, news: list[tuple[Job, News]]) -> None:
-        if news:
-            self.deliver(news)
-
-
-@torch.inference_mode()
-def sample_each(logits: torch.Tensor, jobs: Sequence[Job]) -> torch.Tensor:
-    """Next tokens (B,) from logits (B, V), rows of equal settings together."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for slot, job in enumerate(jobs):
-        chosen = job.settings
-        key = (chosen.temperature, chosen.top_k, chosen.top_p) if chosen.temperature else (0.0,)
-        groups.setdefault(key, []).append(slot)
-    if len(groups) == 1:
-        return sample(logits, jobs[0].settings, [job.rng for job in jobs])
-    tokens = torch.empty(len(jobs), dtype=torch.int64, device=logits.device)
-    for slots in groups.values():
-        rngs = [jobs[slot].rng for slot in slots]
-        tokens[slots] = sample(logits[slots], jobs[slots[0]].settings, rngs)
-    return tokens
-
-
-@torch.inference_mode()
-def find_likelihoods(
-    logits: torch.Tensor, tokens: torch.Tensor, jobs: Sequence[Job]
-) -> dict[int, Likelihood]:
-    """For the rows that want them: what the model itself thought, before temperature and top-p."""
-    slots = [slot for slot, job in enumerate(jobs) if job.top_logprobs is not None]
-    if not slots:
-        return {}
-    logprobs = logits[slots].float().log_softmax(-1)
-    chosen = logprobs.gather(-1, tokens[slots][:, None])[:, 0].tolist()
-    most = max(jobs[slot].top_logprobs or 0 for slot in slots)
-    top = logprobs.topk(min(max(most, 1), logprobs.shape[-1]))
-    values, ids = top.values.tolist(), top.indices.tolist()
-    return {
-        slot: Likelihood(
-            chosen[place],
-            list(zip(ids[place], values[place], strict=True))[: jobs[slot].top_logprobs or 0],
-        )
-        for place, slot in enumerate(slots)
-    }
-
-
-def _complain(error: Exception) -> None:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    print(f"error: {hide_keys(text)}", file=sys.stderr, flush=True)
+    def _report(self, events: list[tuple[Job, TokenEvent]]) -> None:
+        if events:
+            self.deliver(events)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lightning_sft.serving.log import log_error
 from lightning_sft.serving.openai_reply import to_json
 from lightning_sft.serving.openai_request import ApiError
 
@@ -38,7 +39,7 @@ class Gate:
     """Stands before an application.
 
     Args:
-        token: Demanded of every request to the API; None demands none.
+        token: Every request to the API needs it; None needs none.
         loopback: Answer only to requests that name this machine.
     """
 
@@ -65,7 +66,12 @@ class Gate:
         except ApiError as error:
             await to_response(error)(scope, body.receive, send_at_the_end)
             return
-        await self.app(scope, body.receive, send_at_the_end)
+        try:
+            await self.app(scope, body.receive, send_at_the_end)
+        except (
+            Exception
+        ) as error:  # this request's; its client was told, as far as that was possible
+            log_error(error, "a request failed: ")
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])  # of two with one name, the last

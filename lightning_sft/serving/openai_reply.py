@@ -9,50 +9,45 @@ import codecs
 import json
 import time
 import uuid
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answer_text import AnswerText
-from lightning_sft.serving.openai_request import Ask
+from lightning_sft.serving.openai_request import AnswerRequest
 
 # Why an answer ends → the API's word. An answer cut by the clock is cut for its length.
 FINISH_REASONS = {"stop": "stop", "length": "length", "time": "length"}
 
 
-class Likelihood(Protocol):
-    """Log-probability of a token and of the likeliest in its place; `engine.Likelihood` is one."""
+class TokenLogprobs(NamedTuple):
+    """Log-probability of a token, and of the likeliest ones in its place."""
 
-    @property
-    def logprob(self) -> float: ...
-    @property
-    def top(self) -> list[tuple[int, float]]: ...
-
-
-class Pieces(Protocol):
-    """What is needed of a tokenizer."""
-
-    def token_bytes(self, token: int) -> bytes: ...
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class Choice:
     """One answer in the making: its text, its token count and what became known of its tokens."""
 
-    def __init__(self, index: int, ask: Ask, text: AnswerText, tokenizer: Pieces) -> None:
-        self.index, self.ask, self.text, self.tokenizer = index, ask, text, tokenizer
+    def __init__(
+        self, index: int, request: AnswerRequest, text: AnswerText, tokenizer: Tokenizer
+    ) -> None:
+        self.index, self.request, self.text, self.tokenizer = index, request, text, tokenizer
         self.num_tokens = 0
         self.finish_reason: str | None = None
-        self._likelihoods: list[dict[str, Any]] = []  # not sent yet
+        self._logprobs: list[dict[str, Any]] = []  # not sent yet
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def take(self, token: int | None, likelihood: Likelihood | None, end: str | None) -> str:
+    def take(self, token: int | None, logprobs: TokenLogprobs | None, end: str | None) -> str:
         """Text that has become certain."""
         piece = ""
         if token is not None:
             self.num_tokens += 1
             content = self.tokenizer.token_bytes(token)
             piece = self.text.add(content)
-            if likelihood is not None:
-                self._likelihoods.append(self._describe(content, likelihood))
+            if logprobs is not None:
+                self._logprobs.append(self._describe(content, logprobs))
         if self.text.stopped:
             self.finish_reason = "stop"
         elif end is not None:
@@ -63,24 +58,26 @@ class Choice:
 
     def take_logprobs(self) -> dict[str, Any] | None:
         """Those of the tokens since the last call, in the shape of the API that was asked."""
-        if self.ask.top_logprobs is None:
+        if self.request.top_logprobs is None:
             return None
-        tokens, self._likelihoods = self._likelihoods, []
-        if self.ask.chat:
+        tokens, self._logprobs = self._logprobs, []
+        if self.request.chat:
             return {"content": [token["chat"] for token in tokens], "refusal": None}
         return {
             "tokens": [token["chat"]["token"] for token in tokens],
             "token_logprobs": [token["chat"]["logprob"] for token in tokens],
-            "top_logprobs": [token["top"] for token in tokens] if self.ask.top_logprobs else None,
+            "top_logprobs": [token["top"] for token in tokens]
+            if self.request.top_logprobs
+            else None,
             "text_offset": [token["offset"] for token in tokens],
         }
 
-    def _describe(self, content: bytes, likelihood: Likelihood) -> dict[str, Any]:
+    def _describe(self, content: bytes, logprobs: TokenLogprobs) -> dict[str, Any]:
         offset = self._offset
         self._offset += len(self._decoder.decode(content))
-        top = [(self.tokenizer.token_bytes(token), value) for token, value in likelihood.top]
+        top = [(self.tokenizer.token_bytes(token), value) for token, value in logprobs.top]
         return {
-            "chat": _name(content, likelihood.logprob)
+            "chat": _name(content, logprobs.logprob)
             | {"top_logprobs": [_name(token, value) for token, value in top]},
             "top": {token.decode("utf-8", "replace"): value for token, value in top},
             "offset": offset,
@@ -90,12 +87,12 @@ class Choice:
 class Envelope:
     """What all parts of one reply share: id, time, model, kind."""
 
-    def __init__(self, ask: Ask, prompt_tokens: int) -> None:
-        self.ask, self.prompt_tokens = ask, prompt_tokens
+    def __init__(self, request: AnswerRequest, prompt_tokens: int) -> None:
+        self.request, self.prompt_tokens = request, prompt_tokens
         self.head = {
-            "id": ("chatcmpl-" if ask.chat else "cmpl-") + uuid.uuid4().hex,
+            "id": ("chatcmpl-" if request.chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
-            "model": ask.model,
+            "model": request.model,
         }
 
     def whole(self, texts: list[str], choices: list[Choice]) -> dict[str, Any]:
@@ -103,10 +100,10 @@ class Envelope:
         parts = []
         for text, choice in zip(texts, choices, strict=True):
             message = {"role": "assistant", "content": text, "refusal": None}
-            part: dict[str, Any] = {"message": message} if self.ask.chat else {"text": text}
+            part: dict[str, Any] = {"message": message} if self.request.chat else {"text": text}
             part |= {"index": choice.index, "logprobs": choice.take_logprobs()}
             parts.append(part | {"finish_reason": choice.finish_reason})
-        kind = "chat.completion" if self.ask.chat else "text_completion"
+        kind = "chat.completion" if self.request.chat else "text_completion"
         return self.head | {"object": kind, "choices": parts, "usage": self.usage(choices)}
 
     def opening(self, choice: Choice) -> bytes:
@@ -122,7 +119,7 @@ class Envelope:
         return self._chunk(choice, {}, choice.take_logprobs(), choice.finish_reason)
 
     def usage_chunk(self, choices: list[Choice]) -> bytes:
-        return event(
+        return to_event(
             self.head | {"object": self._chunk_kind, "choices": [], "usage": self.usage(choices)}
         )
 
@@ -136,23 +133,23 @@ class Envelope:
 
     @property
     def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.ask.chat else "text_completion"
+        return "chat.completion.chunk" if self.request.chat else "text_completion"
 
     def _chunk(
         self, choice: Choice, delta: dict[str, str], logprobs: Any, reason: str | None
     ) -> bytes:
         part: dict[str, Any] = {"index": choice.index}
-        part |= {"delta": delta} if self.ask.chat else {"text": delta.get("content", "")}
+        part |= {"delta": delta} if self.request.chat else {"text": delta.get("content", "")}
         if logprobs is not None and not any(logprobs.values()):
             logprobs = None
         part |= {"logprobs": logprobs, "finish_reason": reason}
         value = self.head | {"object": self._chunk_kind, "choices": [part]}
-        if self.ask.include_usage:
+        if self.request.include_usage:
             value |= {"usage": None}
-        return event(value)
+        return to_event(value)
 
 
-def event(value: Any) -> bytes:
+def to_event(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 

@@ -1,4 +1,4 @@
-"""OpenAI's API, the way in: a JSON body → a checked `Ask`, or an error in the API's own shape.
+"""OpenAI's API, the way in: a JSON body → a checked request, or an error in the API's own shape.
 
 Whatever a client asks for is done or refused by name, never dropped: unknown fields and values that
 this server cannot honour end in status 400. `null`, and values that ask for nothing (`n: 1`,
@@ -9,6 +9,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,12 @@ from typing import Any
 
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.decoding.settings import GenerationConfig
+from lightning_sft.serving.settings import MAX_TEMPERATURE, Limits
 
 MAX_STOPS = 4
 MAX_SEED = 2**63 - 1
+SMALLEST_TOP_P = 1e-9  # what a top_p of 0 becomes: some clients say so and mean greedy
 # Fields that change nothing here, whatever they hold: they are notes to the service.
 NOTES = {"user", "metadata", "safety_identifier", "prompt_cache_key", "store", "service_tier"}
 # Fields that are refused unless they ask for what is done anyway.
@@ -81,24 +85,20 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Ask:
+class AnswerRequest:
     """What a client wants.
 
     Args:
         prompts: Texts, or token ids; one answer each.
         chat: Answered as a message, with the style's header and closing mark taken off.
-        seed: None for one of the server's choice.
+        settings: The client's, and the server's where it does not say.
         top_logprobs: None where log-probabilities are not wanted.
     """
 
     model: str
     prompts: list[str | list[int]]
     chat: bool
-    max_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
+    settings: GenerationConfig
     stop: list[str]
     stream: bool
     include_usage: bool
@@ -107,16 +107,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Rules:
-    """What `read_ask` needs to know of the server: models with their styles, defaults, limits."""
+    """What requests are checked against: models with their styles, defaults, limits."""
 
     styles: Mapping[str, PromptStyle]
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int | None
-    max_tokens: int
-    max_prompts: int
+    generation: GenerationConfig
+    limits: Limits
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -134,7 +129,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     return {key: item for key, item in value.items() if item is not None}
 
 
-def read_ask(body: dict[str, Any], rules: Rules, chat: bool) -> Ask:
+def read_request(body: dict[str, Any], rules: Rules, chat: bool) -> AnswerRequest:
     """Check the body of `/v1/chat/completions` (chat) or of `/v1/completions`.
 
     Raises:
@@ -147,31 +142,38 @@ def read_ask(body: dict[str, Any], rules: Rules, chat: bool) -> Ask:
     stream = _boolean(body, "stream")
     options = body.get("stream_options", {})
     if "stream_options" in body and not stream:
-        raise _bad("stream_options", "is only allowed with stream: true")
+        raise _invalid("stream_options", "is only allowed with stream: true")
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-        raise _bad("stream_options", "must be an object with include_usage")
-    top_p = _number(body, "top_p", 0.0, 1.0, rules.top_p)
-    if top_p == 0.0:  # some clients say so and mean greedy
-        top_p = 1e-9
-    limit = _integer(body, "max_tokens", 1, rules.max_tokens, None)
-    if chat:
-        newer = _integer(body, "max_completion_tokens", 1, rules.max_tokens, None)
-        if limit and newer and limit != newer:
-            raise _bad("max_tokens", "and max_completion_tokens differ; give one of them")
-        limit = newer or limit
-    return Ask(
+        raise _invalid("stream_options", "must be an object with include_usage")
+    return AnswerRequest(
         model=model,
         prompts=prompts,
         chat=chat,
-        max_tokens=limit or min(rules.max_new_tokens, rules.max_tokens),
-        temperature=_number(body, "temperature", 0.0, 2.0, rules.temperature) or 0.0,
-        top_k=_integer(body, "top_k", 1, None, rules.top_k),
-        top_p=top_p,
-        seed=_integer(body, "seed", -MAX_SEED, MAX_SEED, rules.seed),
+        settings=_read_settings(body, rules, chat),
         stop=_read_stop(body),
         stream=stream,
         include_usage=_boolean(options, "include_usage"),
         top_logprobs=_read_logprobs(body, chat),
+    )
+
+
+def _read_settings(body: dict[str, Any], rules: Rules, chat: bool) -> GenerationConfig:
+    """How to write the answer, the server's own way where the client does not say."""
+    default, most = rules.generation, rules.limits.max_tokens
+    limit = _integer(body, "max_tokens", 1, most, None)
+    if chat:
+        newer = _integer(body, "max_completion_tokens", 1, most, None)
+        if limit and newer and limit != newer:
+            raise _invalid("max_tokens", "and max_completion_tokens differ; give one of them")
+        limit = newer or limit
+    top_p = _number(body, "top_p", 0.0, 1.0, default.top_p)
+    return dataclasses.replace(
+        default,
+        max_new_tokens=limit or min(default.max_new_tokens, most),
+        temperature=_number(body, "temperature", 0.0, MAX_TEMPERATURE, default.temperature) or 0.0,
+        top_k=_integer(body, "top_k", 1, None, default.top_k),
+        top_p=SMALLEST_TOP_P if top_p == 0.0 else top_p,
+        seed=_integer(body, "seed", -MAX_SEED, MAX_SEED, default.seed),
     )
 
 
@@ -202,20 +204,20 @@ def render(body: Mapping[str, Any], style: PromptStyle) -> str:
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise _bad("messages", "must be a list with at least one message")
+        raise _invalid("messages", "must be a list with at least one message")
     turns = [_read_message(message, place) for place, message in enumerate(messages)]
     system = ""
     if turns[0][0] in ("system", "developer"):
         system = turns.pop(0)[1]
     expected = ["assistant" if place % 2 else "user" for place in range(len(turns))]
     if [role for role, _ in turns] != expected or len(turns) % 2 == 0:
-        raise _bad(
+        raise _invalid(
             "messages",
             "must be at most one system message, then user and assistant in turn, a user's last",
         )
     given = body.get("input", "")
     if not isinstance(given, str):
-        raise _bad("input", "must be a string")
+        raise _invalid("input", "must be a string")
     texts = [text for _, text in turns]
     if system:
         texts[0] = f"{system}\n\n{texts[0]}"
@@ -230,13 +232,13 @@ def _read_message(message: Any, place: int) -> tuple[str, str]:
     """Role and text; a list of text parts is joined."""
     name = f"messages[{place}]"
     if not isinstance(message, dict):
-        raise _bad(name, "must be an object with role and content")
+        raise _invalid(name, "must be an object with role and content")
     extra = {key for key, value in message.items() if value not in (None, [], {})}
     if extra - {"role", "content"}:
-        raise _bad(f"{name}.{min(extra - {'role', 'content'}):.100}", "is not supported here")
+        raise _invalid(f"{name}.{min(extra - {'role', 'content'}):.100}", "is not supported here")
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant"):
-        raise _bad(f"{name}.role", "must be system, developer, user or assistant")
+        raise _invalid(f"{name}.role", "must be system, developer, user or assistant")
     if isinstance(content, list):
         if not all(
             isinstance(part, dict)
@@ -244,12 +246,12 @@ def _read_message(message: Any, place: int) -> tuple[str, str]:
             and isinstance(part.get("text"), str)
             for part in content
         ):
-            raise _bad(f"{name}.content", "may hold parts of type text only")
+            raise _invalid(f"{name}.content", "may hold parts of type text only")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise _bad(f"{name}.content", "must be a string or a list of text parts")
+        raise _invalid(f"{name}.content", "must be a string or a list of text parts")
     if role == "user" and not content.strip():
-        raise _bad(f"{name}.content", "is empty")
+        raise _invalid(f"{name}.content", "is empty")
     return role, content
 
 
@@ -258,11 +260,13 @@ def _read_prompts(body: Mapping[str, Any], rules: Rules) -> list[str | list[int]
     given = body.get("prompt")
     prompts = given if isinstance(given, list) and not _is_ids(given) else [given]
     if not prompts or not all(isinstance(p, str) or _is_ids(p) for p in prompts):
-        raise _bad("prompt", "must be a text, a list of token ids, or a list of texts or of these")
+        raise _invalid(
+            "prompt", "must be a text, a list of token ids, or a list of texts or of these"
+        )
     if "" in prompts:
-        raise _bad("prompt", "is empty")
-    if len(prompts) > rules.max_prompts:
-        raise _bad("prompt", f"holds {len(prompts)} prompts; at most {rules.max_prompts}")
+        raise _invalid("prompt", "is empty")
+    if len(prompts) > rules.limits.prompts:
+        raise _invalid("prompt", f"holds {len(prompts)} prompts; at most {rules.limits.prompts}")
     return list(prompts)
 
 
@@ -278,7 +282,7 @@ def _read_stop(body: Mapping[str, Any]) -> list[str]:
         or len(stops) > MAX_STOPS
         or not all(isinstance(item, str) and 0 < len(item) <= 1000 for item in stops)
     ):
-        raise _bad("stop", f"must be a text or a list of at most {MAX_STOPS} texts, none empty")
+        raise _invalid("stop", f"must be a text or a list of at most {MAX_STOPS} texts, none empty")
     return stops
 
 
@@ -289,7 +293,7 @@ def _read_logprobs(body: Mapping[str, Any], chat: bool) -> int | None:
     wanted = _boolean(body, "logprobs")
     top = _integer(body, "top_logprobs", 0, 20, None)
     if top is not None and not wanted:
-        raise _bad("top_logprobs", "is only allowed with logprobs: true")
+        raise _invalid("top_logprobs", "is only allowed with logprobs: true")
     return (top or 0) if wanted else None
 
 
@@ -311,7 +315,7 @@ def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
 def _boolean(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name, False)
     if not isinstance(value, bool):
-        raise _bad(name, "must be true or false")
+        raise _invalid(name, "must be true or false")
     return value
 
 
@@ -323,7 +327,7 @@ def _integer(
         return default
     if type(value) is not int or value < low or (high is not None and value > high):
         limits = f"from {low} to {high}" if high is not None else f">= {low}"
-        raise _bad(name, f"must be an integer {limits}")
+        raise _invalid(name, f"must be an integer {limits}")
     return value
 
 
@@ -334,11 +338,11 @@ def _number(
     if value is default:
         return default
     if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
-        raise _bad(name, f"must be a number from {low:g} to {high:g}")
+        raise _invalid(name, f"must be a number from {low:g} to {high:g}")
     return float(value)
 
 
-def _bad(param: str, problem: str) -> ApiError:
+def _invalid(param: str, problem: str) -> ApiError:
     return ApiError(400, f"{param} {problem}.", param=param, code="invalid_value")
 
 

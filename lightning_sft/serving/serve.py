@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.common.errors import InputError, ServiceError
-from lightning_sft.serving.settings import DEFAULT_ANSWERS, DEFAULT_LIMITS, Answers, Limits
+from lightning_sft.decoding.settings import GenerationConfig
+from lightning_sft.runs.run_folder import checkpoint_in
+from lightning_sft.serving.settings import (
+    DEFAULT_GENERATION,
+    DEFAULT_LIMITS,
+    Limits,
+    check_generation,
+)
 
 TOKEN_VARIABLE = "LIGHTNING_SFT_SERVE_TOKEN"
 SHORTEST_TOKEN = 16
@@ -32,18 +39,20 @@ def serve(
     compare_name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    generation: Answers = DEFAULT_ANSWERS,
+    generation: GenerationConfig = DEFAULT_GENERATION,
     limits: Limits = DEFAULT_LIMITS,
     architecture: str | dict[str, Any] | None = None,
     prompt_style: str | dict[str, str] | None = None,
     header_in_prompt: bool | None = None,
+    weights: str | None = None,
+    compare_weights: str | None = None,
     device: str = "auto",
-) -> None:
+) -> int:
     """Serve a model over OpenAI's API, with a page at /.
 
     Args:
-        ckpt_path: A checkpoint, or weights (.pth, .safetensors, folder, or a name such as
-            gpt2-medium), which also need an architecture.
+        ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
+            such as gpt2-medium), which also need an architecture.
         compare_ckpt_path: A second one, to compare on the page; a model of its own in the API.
         name: What the API calls the model; by default the run's name.
         compare_name: Likewise, for the second.
@@ -55,9 +64,12 @@ def serve(
         architecture: For weights that do not say it themselves.
         prompt_style: For weights away from their run folder; alpaca by default.
         header_in_prompt: Likewise.
+        weights: Where the base of a LoRA checkpoint is now, if it was moved.
+        compare_weights: Likewise, for the second.
         device: auto, cpu, cuda or mps.
     """
     loopback, token = check_address(host)
+    check_generation(generation)
     paths = [ckpt_path, *([compare_ckpt_path] if compare_ckpt_path else [])]
     names = choose_names(paths, [name, compare_name])
     for package in ("starlette", "uvicorn"):
@@ -68,13 +80,18 @@ def serve(
     with listen(host, port) as listener:
         # Imported here: `serve --help` and a refusal need no torch.
         from lightning_sft.models.ready import choose_device, load_for_answers
+        from lightning_sft.models.tokenizers import tokenizer_of
+        from lightning_sft.serving.context import LoadedModel
         from lightning_sft.serving.server import build_server
 
         place = choose_device(device)
         loaded = {}
-        for one, path in zip(names, paths, strict=True):
-            model, style = load_for_answers(path, architecture, prompt_style, header_in_prompt)
-            loaded[one] = (model.to(place), style)
+        for one, path, base in zip(names, paths, [weights, compare_weights], strict=False):
+            file = str(checkpoint_in(path))
+            model, style = load_for_answers(
+                file, architecture, prompt_style, header_in_prompt, base
+            )
+            loaded[one] = LoadedModel(model.to(place), style, tokenizer_of(model))
         server = build_server(loaded, generation, limits, token, loopback)
         shown = f"[{host}]" if ":" in host else host
         print(
@@ -83,6 +100,9 @@ def serve(
             flush=True,
         )
         server.run(sockets=[listener])
+    # By now the signal has taken its usual course, unless whoever started us has us ignore it, as a
+    # shell does with Ctrl-C for what runs in the background.
+    return 128 + server.ended_by if server.ended_by else 0
 
 
 def check_address(host: str) -> tuple[bool, str | None]:
@@ -116,11 +136,11 @@ def choose_names(paths: Sequence[str], given: Sequence[str | None]) -> list[str]
         InputError: Two models would have one name, or a name is none.
     """
     levels = [_levels(Path(path)) for path in paths]
-    names = [level[0] for level in levels]
-    for depth in range(1, 3):
-        if len(set(names)) < len(names):
-            names = ["-".join(level[: depth + 1]) for level in levels]
-    names = [name or found for name, found in zip(given, names, strict=False)]
+    for depth in range(1, 4):
+        found = ["-".join(level[:depth]) for level in levels]
+        names = [name or own for name, own in zip(given, found, strict=False)]
+        if len(set(names)) == len(names):
+            break
     for name in names:
         if not name.isprintable() or " " in name or len(name) > 100:
             raise InputError(f"serve: name {name!r} must be up to 100 characters without spaces")
@@ -130,7 +150,13 @@ def choose_names(paths: Sequence[str], given: Sequence[str | None]) -> list[str]
 
 
 def _levels(path: Path) -> list[str]:
-    """runs/NAME/version_0/checkpoints/step-9.ckpt → NAME, version_0, step-9."""
+    """runs/NAME/version_0/checkpoints/step-9.ckpt → NAME, version_0, step-9.
+
+    A run folder gives the first two.
+    """
+    path = path.resolve() if path.is_dir() else path
+    if path.name.startswith("version_") and path.parent.name:
+        return [path.parent.name, path.name]
     stem = path.stem if path.suffix in (".ckpt", ".pth", ".safetensors") else path.name
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     if folder.name.startswith("version_") and folder.parent.name:

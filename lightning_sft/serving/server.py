@@ -8,27 +8,33 @@ exit code 143 or 130. A second Ctrl-C does not wait.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
-import secrets
 import signal
 import socket
 import sys
 import time
 from collections.abc import Mapping
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
-from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import gpt2_tokenizer
-from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.serving.app import Service
 from lightning_sft.serving.chat_page import build_chat_page
-from lightning_sft.serving.context import Context, Hub, Served
+from lightning_sft.serving.connections import (
+    ACCEPTED_AT_ONCE,
+    Connection,
+    count_affordable,
+    lengthen_queue,
+)
+from lightning_sft.serving.context import Context, Hub, LoadedModel
 from lightning_sft.serving.engine import Engine
 from lightning_sft.serving.gate import Gate
+from lightning_sft.serving.log import LOG_CONFIG
 from lightning_sft.serving.openai_request import Rules
-from lightning_sft.serving.settings import DEFAULT_ANSWERS, DEFAULT_LIMITS, Answers, Limits
+from lightning_sft.serving.settings import DEFAULT_GENERATION, DEFAULT_LIMITS, Limits
 
 
 class Server(uvicorn.Server):
@@ -37,11 +43,14 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine, hub: Hub, grace: float) -> None:
         super().__init__(config)
         self.engine, self.hub, self.grace = engine, hub, grace
+        self.ended_by = 0  # the signal that ended it
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.hub.loop = asyncio.get_running_loop()
         self.engine.start()
         await super().startup(sockets)
+        for listener in sockets or []:
+            lengthen_queue(listener)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.engine.drain(self.grace)
@@ -56,12 +65,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.engine.drain(0 if self.should_exit and sig == signal.SIGINT else self.grace)
+        self.ended_by = sig
         super().handle_exit(sig, frame)
 
 
 def build_server(
-    loaded: Mapping[str, tuple[GPTModel, PromptStyle]],
-    generation: Answers = DEFAULT_ANSWERS,
+    models: Mapping[str, LoadedModel],
+    generation: GenerationConfig = DEFAULT_GENERATION,
     limits: Limits = DEFAULT_LIMITS,
     token: str | None = None,
     loopback: bool = True,
@@ -69,50 +79,32 @@ def build_server(
     """A server that is ready to run.
 
     Args:
-        loaded: Model and style by name.
-        token: Demanded of every request to the API; None demands none.
+        models: By the names that the API gives them.
+        generation: How answers are written where a request does not say.
+        token: Every request to the API needs it; None needs none.
         loopback: Answer only to requests that name this machine.
     """
     hub = Hub()
     engine = Engine(
-        {name: model for name, (model, _) in loaded.items()},
+        {name: loaded.model for name, loaded in models.items()},
         hub.deliver,
+        eos_token_ids={name: loaded.tokenizer.eos_token_id for name, loaded in models.items()},
         batch_size=limits.batch_size,
         queue=limits.queue,
     )
-    models = {
-        name: Served(style, model.config.context_length, int(time.time()))
-        for name, (model, style) in loaded.items()
-    }
-    rules = Rules(
-        styles={name: style for name, (_, style) in loaded.items()},
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        seed=generation.seed,
-        max_tokens=limits.max_tokens,
-        max_prompts=limits.prompts,
-    )
-    context = Context(
-        engine,
-        hub,
-        models,
-        rules,
-        limits,
-        gpt2_tokenizer(),
-        new_seed=lambda: secrets.randbits(62),
-    )
-    service = Service(context, page=build_chat_page())
+    rules = Rules({name: loaded.style for name, loaded in models.items()}, generation, limits)
+    service = Service(Context(engine, hub, models, rules, int(time.time())), build_chat_page())
+    connection: Any = functools.partial(Connection, most=count_affordable())
     config = uvicorn.Config(
         Gate(service.app(), token, loopback),
-        http="h11",
+        http=connection,
         ws="none",
         loop="asyncio",
         lifespan="off",
-        log_config=None,
+        log_config=LOG_CONFIG,
         access_log=False,
         server_header=False,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=math.ceil(limits.grace) + 5,
     )
     return Server(config, engine, hub, limits.grace)

@@ -1,4 +1,7 @@
-"""What the server does where a request does not say, and what its clients may cost."""
+"""What the server does where a request does not say, and what its clients may cost.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,9 @@ import math
 from dataclasses import dataclass
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.decoding.settings import GenerationConfig
 
-
-def _check(group: str, settings: object, **lowest: int) -> None:
-    for name, low in lowest.items():
-        value = getattr(settings, name)
-        if value is not None and value < low:
-            raise InputError(f"{group}.{name}: {value} is not allowed; it must be >= {low}")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """How answers are written where a request does not say.
-
-    Args:
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the likeliest token; above, tokens are sampled.
-        top_k: Sample among the k likeliest tokens only.
-        top_p: Sample among the fewest tokens whose probabilities sum to p, in (0, 1].
-        seed: Of sampling; a new one for every request by default.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _check("generation", self, max_new_tokens=1, top_k=1)
-        if not 0.0 <= self.temperature <= 2.0:
-            raise InputError(f"generation.temperature: {self.temperature} is outside [0, 2]")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"generation.top_p: {self.top_p} is outside (0, 1]")
+MAX_TEMPERATURE = 2.0  # OpenAI's bound
 
 
 @dataclass(frozen=True)
@@ -72,12 +42,29 @@ class Limits:
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        _check("limits", self, batch_size=1, queue=0, body_bytes=1, prompt_tokens=1)
-        _check("limits", self, max_tokens=1, prompts=1)
+        for name in ("batch_size", "queue", "body_bytes", "prompt_tokens", "max_tokens", "prompts"):
+            value, low = getattr(self, name), 0 if name == "queue" else 1
+            if value < low:
+                raise InputError(f"limits.{name}: {value} is not allowed; it must be >= {low}")
         if not 0.0 < self.seconds < math.inf:
             raise InputError(f"limits.seconds: {self.seconds} must be > 0 and finite")
         if not 0.0 <= self.grace < math.inf:
             raise InputError(f"limits.grace: {self.grace} must be >= 0 and finite")
 
 
-DEFAULT_ANSWERS, DEFAULT_LIMITS = Answers(), Limits()
+# A request that gives no seed is sampled anew each time.
+DEFAULT_GENERATION, DEFAULT_LIMITS = GenerationConfig(seed=None), Limits()
+
+
+def check_generation(generation: GenerationConfig) -> None:
+    """Refuse defaults that a request could not ask for, or that mean nothing here.
+
+    Raises:
+        InputError: Names the option.
+    """
+    if generation.temperature > MAX_TEMPERATURE:
+        raise InputError(
+            f"generation.temperature: {generation.temperature} is outside [0, {MAX_TEMPERATURE:g}]"
+        )
+    if generation.batch_size != DEFAULT_GENERATION.batch_size:
+        raise InputError("generation.batch_size: it is limits.batch_size for a server")

@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_sft.common import files
 from lightning_sft.common.arguments import explain, option_names
@@ -172,6 +173,12 @@ class SFTCLI(LightningCLI):
         else:
             kwargs["logger"] = False
         if self.subcommand == "predict":
+            if self.checkpoint is None:
+                source = self.model.weights or "none, so they are random"
+                rank_zero_only(print)(
+                    "note: no checkpoint is loaded; the answers are those of the starting weights "
+                    f"(model.weights: {source})"
+                )
             callbacks += [ResponseWriter(self._folder()), StopOnSignal()]
             kwargs["enable_progress_bar"] = False  # the writer's own bar counts entries
         elif not sys.stdout.isatty() and trainer.get("enable_progress_bar") is not False:
@@ -251,10 +258,12 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
                 f"{architecture.get(field)}; give the architecture it was trained with"
             )
     _compare_lora(checkpoint, saved_config(hparams), _plain(config.model.lora))
+    saved = hparams.get("prompt_style", {})
+    if config.data.prompt_style == saved.get("name"):
+        # The texts behind a name may have changed since; the checkpoint holds those it learned.
+        config.data.prompt_style = config.model.prompt_style = dict(saved)
     style = get_style(_plain(config.data.prompt_style), config.data.header_in_prompt)
-    trained = hparams.get("prompt_style", {}) | {
-        "header_in_prompt": hparams.get("header_in_prompt")
-    }
+    trained = saved | {"header_in_prompt": hparams.get("header_in_prompt")}
     if dataclasses.asdict(style) != trained:
         print(
             f"note: prompt_style is {style.name}, header_in_prompt {style.header_in_prompt}; the "
@@ -266,10 +275,11 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
 
 def _compare_lora(checkpoint: Path, trained: LoRAConfig | None, wanted: Any) -> None:
     """Refuse whole weights where adapters are wanted, the reverse, and other adapters."""
-    saved = trained.as_dict() if trained is not None else None
+    saved = dataclasses.asdict(trained) | {"targets": list(trained.targets)} if trained else None
     if saved and not wanted:
         raise InputError(
-            f"ckpt_path: {checkpoint} holds LoRA adapters; add --config lora.yaml, or --model.lora "
+            f"ckpt_path: {checkpoint} holds LoRA adapters; add --config "
+            f"{'lora' if saved['scaling'] == 'alpha' else 'lora-peft'}.yaml, or --model.lora "
             f"'{json.dumps(saved)}'"
         )
     if wanted and not saved:
@@ -277,7 +287,7 @@ def _compare_lora(checkpoint: Path, trained: LoRAConfig | None, wanted: Any) -> 
             f"ckpt_path: {checkpoint} holds whole weights and no adapters; leave model.lora out, "
             "or give it as model.weights to train adapters beside them"
         )
-    for field in ("rank", "alpha", "targets"):
+    for field in ("rank", "alpha", "targets", "scaling"):
         ours = list(wanted[field]) if wanted and field == "targets" else (wanted or {}).get(field)
         if saved and ours != saved[field]:
             raise InputError(

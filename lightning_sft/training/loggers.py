@@ -129,7 +129,7 @@ def _values(row: Mapping[str, Any]) -> list[Any]:
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     """Whole rows only: a kill may have torn the last one."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = files.read_text(path).splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     return [row for row in csv.DictReader(whole) if None not in row.values() and row["step"]]
 

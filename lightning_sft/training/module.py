@@ -44,6 +44,7 @@ from lightning_sft.models.lora import (
 )
 from lightning_sft.models.lora_checkpoint import check_adapters, identify_base
 from lightning_sft.models.registry import get_config
+from lightning_sft.training.data_check import check_data
 from lightning_sft.training.host_memory import keep_freed_memory
 from lightning_sft.training.loss import sum_cross_entropy
 from lightning_sft.training.schedule import WarmupCosine
@@ -132,7 +133,7 @@ class SFTModule(L.LightningModule):
             logger=False,
         )
         self.model: GPTModel | None = None
-        self.base: dict[str, str] = {}  # what the adapters' frozen weights are known by
+        self.base: dict[str, str] = {}  # digest and dtype of the weights under the adapters
         self.tokens_seen = 0
         self.val_loss = TokenLoss()
         self.on_answer: Callable[[int, list[int]], None] | None = None
@@ -192,6 +193,10 @@ class SFTModule(L.LightningModule):
             head.factors if isinstance(head, LoRALinear) else None,
         )
         return loss, supervised.sum()
+
+    def setup(self, stage: str) -> None:
+        """Check that the data fits, also where a plain `Trainer` brings the two together."""
+        check_data(self, getattr(self.trainer, "datamodule", None), stage)
 
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":

@@ -45,7 +45,7 @@ class ResponseWriter(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, InstructionDataModule) or not isinstance(pl_module, SFTModule):
             raise InputError("ResponseWriter needs an SFTModule and an InstructionDataModule")
-        self._entries = data.split(data.predict_split)
+        self._entries = data.split(data.config.predict_split)
         self._folder = trainer.strategy.broadcast(self._folder)
         self._job = _identify(pl_module, self._entries, trainer.ckpt_path)
         answered = self._read_parts()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import re
 import subprocess
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,15 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_sft import InstructionDataModule
-from lightning_sft.commands.inspect import cut_batches
 from lightning_sft.common.config_files import SECTIONS
 from lightning_sft.data.batching import pack
 from lightning_sft.data.config import DataConfig
+from lightning_sft.data.counting import count_tree
 from lightning_sft.data.entries import Entry, Splits, read_entries
-from lightning_sft.data.order import count_tree, epoch_order
-from lightning_sft.data.order import epoch_order as torch_order
 from support.runs import run, write_config, write_data
 
 
@@ -139,7 +137,8 @@ def test_strict_is_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert err == "error: inspect: 1 findings; the first: 1 val prompts are also in train: 2\n"
     look(capsys, "--data.path", path)  # not strict: a finding is no failure
     too_few = ["--data.path", path, "--data.batch_size", "50"]
-    assert "do not fill one batch of 50" in look(capsys, *too_few)
+    refusal = "data.batch_size: 50 on 1 device(s) needs at least 50 training entries, there are 34"
+    assert f"finding: fit refuses this: {refusal}" in look(capsys, *too_few)
     assert run("inspect", *too_few, "--strict") == 4
 
 
@@ -169,13 +168,18 @@ def test_the_config_of_a_run_is_understood(
 
 
 def test_the_data_section_is_the_data_modules() -> None:
-    """Same names, types and defaults, so that what `inspect` accepts is what `fit` does."""
-    parameters = inspect.signature(InstructionDataModule.__init__).parameters
-    linked = {"self", "seed", "predict_batch_size"}  # filled in from other sections
-    fields = {field.name: field.default for field in dataclasses.fields(DataConfig)}
-    assert fields == {k: p.default for k, p in parameters.items() if k not in linked}
-    hints = typing.get_type_hints(InstructionDataModule.__init__)
-    assert typing.get_type_hints(DataConfig) == {k: hints[k] for k in fields}
+    """Same names, types, defaults and help: what `inspect` accepts is what `fit` does."""
+    fit, look = LightningArgumentParser(), ArgumentParser()
+    fit.add_lightning_class_args(InstructionDataModule, "data")
+    look.add_class_arguments(DataConfig, "data")
+    options = [
+        {a.dest: (str(a._typehint), a.default, a.help) for a in parser._actions if "." in a.dest}
+        for parser in (fit, look)
+    ]
+    assert len(options[1]) == len(dataclasses.fields(DataConfig))
+    linked = {"data.seed", "data.predict_batch_size"}  # filled in from other sections
+    assert {k: v for k, v in options[0].items() if k not in linked} == options[1]
+    assert all(text for _, _, text in options[0].values())
 
 
 @pytest.mark.parametrize("own_files", [{}, {"val_path"}, {"test_path"}, {"val_path", "test_path"}])
@@ -183,14 +187,9 @@ def test_splits_are_the_data_modules(tmp_path: Path, own_files: set[str]) -> Non
     path = write_data(tmp_path / "data.json")
     others = {name: str(write_data(tmp_path / f"{name}.json", 7)) for name in own_files}
     data = InstructionDataModule(str(path), **others)
-    assert DataConfig(str(path), **others).read_splits() == Splits(
+    assert DataConfig(str(path), **others).read().splits == Splits(
         *(data.split(name) for name in Splits._fields)
     )
-
-
-@given(st.integers(0, 300), st.integers(0, 2**40), st.integers(0, 5))
-def test_the_order_needs_no_torch(num_rows: int, seed: int, epoch: int) -> None:
-    assert epoch_order(num_rows, seed, epoch) == torch_order(num_rows, seed, epoch)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6))
@@ -199,16 +198,92 @@ def test_tree_counts_the_tokens_that_are_computed(rows: list[list[int]]) -> None
     assert count_tree(rows) == len(pack(rows, share_prefix=True)["input_ids"])
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(("group_by_length", "drop_last"), [(False, True), (True, False)])
-def test_batches_are_the_loaders(tmp_path: Path, group_by_length: bool, drop_last: bool) -> None:
-    from lightning_sft.commands.inspect import Schedule
-
-    settings = {"group_by_length": group_by_length, "drop_last": drop_last, "batch_size": 5}
+def test_batches_are_those_of_fit(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    group_by_length: bool,
+    drop_last: bool,
+    devices: int,
+) -> None:
+    """Computed tokens of the first three batches, summed over what each rank really makes."""
+    settings: dict[str, Any] = {
+        "group_by_length": group_by_length,
+        "drop_last": drop_last,
+        "batch_size": 5,
+        "max_length": 45,
+    }
     path = str(write_data(tmp_path / "data.json"))
-    data = InstructionDataModule(path, **settings)
-    expected = sorted(sorted(batch[0]) for batch in data.train_dataloader().plan(0))
-    cut = cut_batches(data.rows("train"), DataConfig(path, **settings), Schedule(123, 1, 1, 1))
-    assert sorted(sorted(batch) for batch in cut) == expected
+    options = [f"--data.{name}={str(value).lower()}" for name, value in settings.items()]
+    options += [f"--trainer.devices={devices}", "--trainer.limit_train_batches=3"]
+    out = look(capsys, "--data.path", path, *options)
+    padded = 0
+    for rank in range(devices):
+        data = InstructionDataModule(path, **settings)
+        ranks = {"rank": rank, "world_size": devices, "pin_memory": False}
+        data._device_settings = lambda ranks=ranks: ranks  # type: ignore[method-assign, misc]
+        batches = list(data.train_dataloader())[:3]
+        padded += sum(batch["input_ids"].numel() for batch in batches)
+    assert f"of {padded:,} tokens in the first epoch" in out
+    assert f"batches of {5 * devices}: 3 an epoch, 3 optimizer steps an epoch, 6 in 2" in out
+
+
+def test_a_training_file_too_small_to_cut_with_a_test_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight entries have no tenth to spare for the test split, which here needs none."""
+    few = write_data(tmp_path / "few.json", 8)
+    test = write_data(tmp_path / "test.json", 5)
+    options = ["--data.path", few, "--data.test_path", test, "--data.batch_size=2"]
+    assert read_row(look(capsys, *options), "entries") == [6, 5, 2]
+    data = InstructionDataModule(str(few), test_path=str(test))
+    assert [len(data.split(name)) for name in Splits._fields] == [6, 5, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--trainer.devices=auto"], "batches of 4: 8 an epoch, 8 optimizer steps an epoch, 16 in"),
+        (["--trainer.devices=-1"], "batches of 4: 8 an epoch"),
+        (["--trainer.devices=0,1"], "batches of 8: 4 an epoch, 4 optimizer steps"),
+        (["--trainer.devices=[0,1]"], "batches of 8: 4 an epoch, 4 optimizer steps"),
+        (["--trainer.max_epochs=null", "--trainer.max_steps=5"], "steps an epoch, 5 in all"),
+        (["--trainer.max_epochs=-1"], "8 an epoch, 8 optimizer steps an epoch\n"),
+        (["--trainer.max_steps=5"], "steps an epoch, 5 in 2 epochs at most"),
+        (["--trainer.limit_train_batches=0.5"], "4 an epoch, 4 optimizer steps an epoch, 8 in"),
+        (["--trainer.accumulate_grad_batches=3"], "8 an epoch, 3 optimizer steps an epoch, 6 in"),
+        (["--seed_everything=true"], "8 an epoch"),
+        (["--data.predict_split=train", "--data.num_workers=2"], "8 an epoch"),
+    ],
+)
+def test_what_fit_accepts_is_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
+    path = write_data(tmp_path / "data.json")
+    assert expected in look(capsys, "--data.path", path, "--data.batch_size=4", *options)
+
+
+def test_exercise_7_3_leaves_empty_answers_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stanford's file has 28 of them among 52,002; here 2 of 40."""
+    entries = [make_entry(n) for n in range(40)]
+    entries[7]["output"] = entries[39]["output"] = ""
+    path = write_entries(tmp_path / "data.json", entries)
+    configs = ["--config", "gpt2-medium.yaml", "--config", "alpaca-52k.yaml", "--data.path", path]
+    out = look(capsys, *configs)
+    assert read_row(out, "entries") == [32, 3, 3]
+    assert f"{path}: 2 entries with an empty output are left out: 7, 39\n" in out
+    assert run("inspect", *configs, "--data.empty_output=error") == 2
+    assert "entry 7: 'output' is blank" in capsys.readouterr().err
+
+
+def test_seed_zero_is_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, seed_everything=0, data__group_by_length=True)
+    zero = look(capsys, "--config", config)
+    assert look(capsys, "--config", config, "--seed_everything=0") == zero
+    assert look(capsys, "--config", config, "--seed_everything=123") != zero
 
 
 def test_an_entry_is_shown_with_what_is_supervised(

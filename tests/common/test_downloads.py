@@ -17,6 +17,7 @@ import pytest
 
 from lightning_sft.common import downloads
 from lightning_sft.common.errors import InputError, ServiceError
+from support.drip import drip
 from support.hub import Hub, Reply
 
 BODY = bytes(range(256)) * 400  # 102,400 bytes, no two neighbouring blocks alike
@@ -154,7 +155,21 @@ def test_a_server_that_ignores_the_range_is_started_over(hub, target):
     assert target.read_bytes() == BODY
 
 
-@pytest.mark.parametrize("etag", ["", 'W/"weak"'])
+@pytest.mark.parametrize("status", [206, 416])
+def test_a_server_that_ignores_if_range_is_not_believed(hub, target, status):
+    """Some send the range of whatever file they have now; only the ETag gives it away."""
+    url = hub.serve("/file.bin", BODY)
+    rest = b"of another file" if status == 206 else b""
+    span = f"bytes 30000-{len(BODY) - 1}/{len(BODY)}" if status == 206 else "bytes */30000"
+    headers = {"Content-Range": span, "ETag": '"newer"'}
+    hub.script("/file.bin", Reply(cut=30_000), Reply(status, rest, headers))
+    downloads.download(url, target)
+    assert hub.requests[1].headers["range"] == "bytes=30000-"
+    assert "range" not in hub.requests[2].headers
+    assert target.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"weak"', '"un\xadsendable"', '"folded\r\n line"'])
 def test_without_a_strong_etag_nothing_is_resumed(hub, target, etag):
     url = hub.serve("/file.bin", BODY)
     hub.script("/file.bin", Reply(cut=30_000, ranges=False, headers={"ETag": etag}))
@@ -296,6 +311,56 @@ def test_a_trickling_server_counts_as_broken(hub, target, monkeypatch):
     hub.script("/file.bin", Reply(trickle=0.02, body=BODY[:40]))
     downloads.download(url, target.with_name("other"))
     assert len(hub.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "rest"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x" * 9999),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n", b"0" * 9999),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" " * 9999),  # the end of the connection ends it
+    ],
+    ids=["header", "continue", "length of a chunk", "body"],
+)
+def test_nothing_that_trickles_lasts(target, monkeypatch, head, rest):
+    """Each byte comes in time for the socket's own timeout."""
+    monkeypatch.setattr(downloads, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(downloads, "ATTEMPTS", 1)
+    start = time.monotonic()
+    with drip(head, rest) as address, pytest.raises(ServiceError, match=r"less than 64 KiB in 0.3"):
+        downloads.download(f"{address}/file.bin", target)
+    assert time.monotonic() - start < 5.0
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["Retry-After", "X-Linked-Size", "Content-Range"])
+@pytest.mark.parametrize("value", ["²", "9" * 5000, "-1"])
+def test_a_header_that_is_no_number_is_passed_over(hub, target, name, value):
+    url = hub.serve("/file.bin", BODY)
+    status = 503 if name == "Retry-After" else 206 if name == "Content-Range" else 200
+    value = f"bytes 30000-/{value}" if name == "Content-Range" else value
+    hub.script("/file.bin", Reply(cut=30_000), Reply(status, BODY, {name: value}))
+    assert downloads.download(url, target).read_bytes() == BODY
+
+
+def test_no_more_than_the_file_is_taken(hub, target, monkeypatch):
+    """A body without an end is not read to the end of the disk."""
+    monkeypatch.setattr(downloads, "BLOCK", 4096)
+    hub.default["/file.bin"] = Reply(body=bytes(5_000_000), length=False)
+    written = []
+    publish = downloads._publish
+    monkeypatch.setattr(
+        downloads,
+        "_publish",
+        lambda path, *rest: (
+            written.append(Path(f"{path}.part").stat().st_size),
+            publish(path, *rest),
+        ),
+    )
+    with pytest.raises(ServiceError, match="bytes arrived instead of 10000"):
+        downloads.download(f"{hub.address}/file.bin", target, size=10_000)
+    assert max(written) <= 10_000 + 4096
 
 
 def test_a_silent_server_times_out(hub, target, monkeypatch):

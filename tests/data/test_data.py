@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.data import config as config_module
 from lightning_sft.data import datamodule as data_module
 from lightning_sft.data.batching import BatchMaker, collate, collate_prompts, pack
 from lightning_sft.data.datamodule import InstructionDataModule
@@ -400,6 +401,67 @@ def test_predict_needs_no_outputs(write_entries):
         InstructionDataModule(path).setup("fit")
 
 
+def test_empty_outputs_are_left_out_alike_in_all_stages(write_entries, tmp_path, capsys):
+    """Before the cut: else what one stage trains on another would answer."""
+    path = write_entries(40)
+    records = json.loads((tmp_path / "data.json").read_text())
+    for place in (0, 3, 38):
+        records[place]["output"] = ""
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    with pytest.raises(InputError, match="entry 0: 'output' is blank"):
+        InstructionDataModule(path).setup("fit")
+    parts = {}
+    for stage in ("fit", "predict", "validate"):
+        data = InstructionDataModule(path, empty_output="skip")
+        data.setup(stage)
+        parts[stage] = data.entries
+        said = f"{path}: 3 entries with an empty output are left out: 0, 3, 38\n"
+        assert capsys.readouterr().out.startswith(said)
+    assert parts["fit"] == parts["predict"] == parts["validate"]
+    assert sum(map(len, parts["fit"])) == 37
+
+
+def test_fit_opens_with_what_it_trains_on(write_entries, capsys):
+    """Entries of up to 35 tokens, five sizes in turn; the three longest of five are cut."""
+    data = InstructionDataModule(write_entries(40), mask_prompt=True, overlong="truncate")
+    longest = int(data.rows("train").lengths.max())
+    capsys.readouterr()
+    data = InstructionDataModule(write_entries(40), max_length=longest - 1, mask_prompt=True)
+    data.setup("fit")
+    train, val = data.count("train"), data.count("val")
+    assert capsys.readouterr().out == (
+        "data: 34 training, 2 validation and 4 test entries\n"
+        f"tokens: {train.tokens:,} of training, {train.supervised:,} of them supervised; "
+        f"{val.tokens:,} of validation, {val.supervised:,} supervised\n"
+        f"rows: {len(train.overlong)} of training and {len(val.overlong)} of validation are cut "
+        f"to {longest - 1} tokens; 0 and 0 of them end before their answer begins\n"
+    )
+    assert len(train.overlong) > 0
+    data.setup("validate")
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_cut_inside_the_prompt_are_refused(write_entries):
+    for max_length in (10, 20):
+        data = InstructionDataModule(write_entries(40), max_length=max_length)
+        with pytest.raises(InputError, match=r"^train split: 34 of 34 entries are cut to max_len"):
+            data.setup("fit")
+    InstructionDataModule(write_entries(40), max_length=60).setup("fit")
+
+
+def test_another_tokenizer_reaches_rows_and_batches(write_entries, char_tokenizer):
+    char_tokenizer.eos_token_id = 0
+    for layout in ({}, {"padding_free": True}):
+        data = InstructionDataModule(write_entries(40), batch_size=2, **layout)
+        data.tokenizer = char_tokenizer
+        batch = next(iter(data.train_dataloader()))
+        assert (batch["targets"] == 0).sum() == 2
+        assert (batch["targets"] == EOS).sum() == 0
+        ids = batch["input_ids"]
+        assert set(ids[ids < ord("\n")].tolist()) <= {0}
+        assert chr(int(ids.flatten()[0])) == "B"  # of "Below is an instruction"
+
+
 def test_splits_from_files_of_their_own(write_entries):
     main, val, test = (write_entries(20, name) for name in ("m.json", "v.json", "t.json"))
     sizes = {}
@@ -443,9 +505,11 @@ def test_names_fractions_and_styles_reach_the_rows(write_entries):
 
 def test_files_are_read_once(write_entries, monkeypatch):
     reads = []
-    read = data_module.read_entries
+    read = config_module.read_entry_file
     monkeypatch.setattr(
-        data_module, "read_entries", lambda *args, **kw: reads.append(args) or read(*args, **kw)
+        config_module,
+        "read_entry_file",
+        lambda *args, **kw: reads.append(args) or read(*args, **kw),
     )
     data = InstructionDataModule(write_entries(20))
     data.setup("fit")

@@ -20,6 +20,7 @@ from lightning_sft.data.entries import (
     is_url,
     local_path,
     read_entries,
+    read_entry_file,
     read_records,
     split_entries,
 )
@@ -151,6 +152,48 @@ def test_messages_use_the_files_own_names(write):
     )
 
 
+def test_a_misspelt_name_for_the_input(write):
+    """A record may lack its input, so nothing else would notice that all inputs are empty."""
+    path = write([{"instruction": "i", "response": "r"}, DOLLY])
+    read_entries(path, field_names=DOLLY_NAMES)  # control: one record has it
+    assert refusal(path, field_names=DOLLY_NAMES | {"input": "reponse"}) == (
+        "data.field_names calls the input 'reponse', which no entry has (did you mean "
+        "'response'?); entry 0 has 'instruction', 'response'"
+    )
+    assert read_entries(write([RECORD]), field_names={"input": "input"}) == [ENTRY]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        ('{"instruction": "i", "output": "a", "output": "b"}', "entry 1: the key 'output'"),
+        (
+            '{"instruction": "i", "output": "a", "x": [{"b": 1, "c": 2, "b": 1}]}',
+            "an object within an entry: the key 'b'",
+        ),
+    ],
+)
+def test_a_key_that_is_there_twice(write, name, line, where):
+    lines = [json.dumps(RECORD), line, json.dumps(RECORD)]
+    text = f"[{', '.join(lines)}]" if name == "data.json" else "\n".join(lines)
+    assert refusal(write(text, name)) == f"{where} is there twice; keep one of them"
+
+
+def test_empty_outputs_may_be_left_out(write):
+    records = [RECORD, RECORD | {"output": ""}, RECORD | {"output": " \n"}, RECORD]
+    path = write(records)
+    assert read_entry_file(path, empty_output="skip") == ([ENTRY, ENTRY], [1, 2])
+    kept = read_entry_file(path, empty_output="keep")
+    assert (len(kept.entries), kept.skipped) == (4, [])
+    assert refusal(path).startswith("entry 1: 'output' is blank")
+    # An empty answer is one thing, a record of another shape another.
+    with pytest.raises(InputError, match="entry 0: 'output' is missing"):
+        read_entry_file(write([{"instruction": "i"}]), empty_output="skip")
+    with pytest.raises(InputError, match="the 'output' of every entry is blank"):
+        read_entry_file(write(records[1:3]), empty_output="skip")
+
+
 # --- Files that are not what they should be ---
 
 
@@ -251,7 +294,11 @@ def test_json_that_would_break_the_parser(write):
         (RECORD | {"output": True}, "'output' is a boolean; it must be text"),
         (RECORD | {"output": ["a"]}, "'output' is a list; it must be text"),
         (RECORD | {"instruction": " \t"}, "'instruction' is blank; it must hold text"),
-        (RECORD | {"output": ""}, "'output' is blank; training needs an answer"),
+        (
+            RECORD | {"output": ""},
+            "'output' is blank; training needs an answer (data.empty_output: skip leaves such "
+            "entries out)",
+        ),
         (
             RECORD | {"output": "ab\ud800"},
             "'output' has a lone surrogate at character 2, which no UTF-8 text can hold",

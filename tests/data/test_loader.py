@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import BatchMaker
-from lightning_sft.data.loader import EvalLoader, TrainLoader, deal
-from lightning_sft.data.order import epoch_order
+from lightning_sft.data.loader import EvalLoader, TrainLoader
+from lightning_sft.data.order import deal, epoch_order
 from lightning_sft.data.rows import Row, TokenRows
 
 
@@ -43,6 +43,21 @@ def flat(parts: Any) -> list[int]:
 
 
 # --- Order ---
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 935, 4_097, 30_001])
+@pytest.mark.parametrize("seed", [0, 123, 2**32 - 1])
+def test_the_order_is_torchs(num_rows, seed):
+    """Sizes on both sides of where exchanges are made many at once."""
+    torch.manual_seed(seed)
+    theirs = DataLoader(
+        range(num_rows),  # type: ignore[arg-type]
+        batch_size=num_rows,
+        shuffle=True,
+        collate_fn=list,
+    )
+    for epoch in range(3):
+        assert [epoch_order(num_rows, seed, epoch)] == list(theirs)
 
 
 @pytest.mark.process
@@ -290,6 +305,15 @@ def test_grouping_covers_the_same_rows(drop_last, world_size):
     assert max(seen[0].values()) == 1
     sizes = [[len(part) for part in indices(ranks[0])] for ranks in (plain, grouped)]
     assert sizes[0] == sizes[1]  # a short batch stays last
+
+
+def test_grouping_goes_by_the_lengths_that_it_is_given():
+    """Before any cut: what is cut to one length keeps its order, and old runs go on with it."""
+    lengths = np.arange(40)[::-1]
+    settings = {"group_by_length": True, "num_tokens": np.full(40, 5), "lengths": lengths}
+    batches = indices(make_loader(40, **settings))
+    assert sorted(map(sorted, batches)) == [list(range(k, k + 4)) for k in range(0, 40, 4)]
+    assert all(part == sorted(part, reverse=True) for part in batches)
 
 
 def test_grouping_groups():

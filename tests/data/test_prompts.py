@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
-from lightning_sft.data.prompts import STYLES, PromptStyle, get_style
+from lightning_sft.data.prompts import STYLES, PromptStyle, get_style, style_of_run
 
 WITH_INPUT = Entry("Edit for grammar.", "He go home.", "He goes home.")
 WITHOUT_INPUT = Entry("Name a colour.", "", "Blue.")
@@ -31,8 +31,7 @@ He go home.
 He goes home."""
 PHI3 = """\
 <|user|>
-Edit for grammar.
-He go home.
+Edit for grammar. He go home.
 
 <|assistant|>
 He goes home."""
@@ -214,6 +213,19 @@ def test_bad_templates(field, template):
         f"prompt_style mine: {field} must hold {{{field}}} exactly once and no other placeholder, "
         f"not {template!r}"
     )
+
+
+def test_runs_keep_the_layout_that_they_learned():
+    """Version 0.1.0 put phi3's input on a line of its own; its configs lack newer keys."""
+    old = style_of_run({"prompt_style": "phi3", "header_in_prompt": True})
+    assert get_style(old).prompt(WITH_INPUT) == (
+        "<|user|>\nEdit for grammar.\nHe go home.\n\n<|assistant|>\n"
+    )
+    assert get_style(old).name == "phi3"
+    assert style_of_run({"prompt_style": "phi3", "empty_output": "error"}) == "phi3"
+    assert style_of_run({"prompt_style": "alpaca"}) == "alpaca"
+    assert style_of_run({}) == "alpaca"
+    assert style_of_run({"prompt_style": OWN}) == OWN
 
 
 # --- Extraction ---

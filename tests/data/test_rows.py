@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data import rows as rows_module
+from lightning_sft.common.files import sha256_of
+from lightning_sft.data import token_cache
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import STYLES, PromptStyle, get_style
-from lightning_sft.data.rows import Row, TokenRows, fit_to_length, tokenize, tokenize_entries
+from lightning_sft.data.rows import Row, TokenRows, fit_to_length, tokenize
+from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 
 ALPACA = get_style("alpaca")
@@ -213,7 +215,7 @@ class CountingTokenizer:
 def cache(monkeypatch, tmp_path):
     """An empty cache, used from two entries on; returns the folder of its token files."""
     monkeypatch.setenv("LIGHTNING_SFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(rows_module, "CACHE_FROM_ENTRIES", 2)
+    monkeypatch.setattr(token_cache, "CACHE_FROM_ENTRIES", 2)
     return tmp_path / "tokens"
 
 
@@ -254,8 +256,37 @@ def test_an_unfinished_folder_is_made_anew(cache):
     (folder / "done").unlink()
     assert as_tuples(tokenize_entries(SET, TERSE, tokenizer)) == expected
     assert tokenizer.calls == 12
-    assert json.loads((folder / "done").read_text()) == {"rows": 3}
+    done = json.loads((folder / "done").read_text())
+    assert done["rows"] == 3
+    assert done["sha256"] == {
+        name: sha256_of(folder / f"{name}.npy") for name in token_cache.ARRAYS
+    }
     tokenize_entries(SET, TERSE, tokenizer)
+    assert tokenizer.calls == 12
+
+
+@pytest.mark.parametrize("name", token_cache.ARRAYS)
+def test_a_damaged_file_is_made_anew(cache, name):
+    """One flipped bit anywhere in a file: in its header, in its numbers, at its end."""
+    tokenizer = CountingTokenizer()
+    expected = as_tuples(tokenize_entries(SET, TERSE, tokenizer))
+    path = cache / folders(cache)[0] / f"{name}.npy"
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole), 25), len(whole) - 1]:
+        calls = tokenizer.calls
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert as_tuples(tokenize_entries(SET, TERSE, tokenizer)) == expected
+        assert tokenizer.calls == calls + 6
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("done", ['{"rows": 3}', "", "[]", '{"sha256": {"ids": 5}}', "[" * 9_999])
+def test_a_cache_without_good_digests_is_made_anew(cache, done):
+    """Also that of the version that kept none."""
+    tokenizer = CountingTokenizer()
+    expected = as_tuples(tokenize_entries(SET, TERSE, tokenizer))
+    (cache / folders(cache)[0] / "done").write_text(done)
+    assert as_tuples(tokenize_entries(SET, TERSE, tokenizer)) == expected
     assert tokenizer.calls == 12
 
 
@@ -329,7 +360,7 @@ class SlowTokenizer(CountingTokenizer):
 
 
 def tokenize_slowly(notes: Path) -> str:
-    rows_module.CACHE_FROM_ENTRIES = 2  # in a process of its own, where the fixture has not been
+    token_cache.CACHE_FROM_ENTRIES = 2  # in a process of its own, where the fixture has not been
     return tokenize_entries(SET, TERSE, SlowTokenizer(notes)).fingerprint()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.decoding import generation
+from lightning_sft.decoding.batch import read_rows
 from lightning_sft.decoding.generation import GenerationConfig, decode, generate, sample
 from lightning_sft.models.gpt2 import GPTModel
 
@@ -249,6 +250,13 @@ def powers(exponent: float) -> list[float]:
         ({"temperature": 2.0, "top_p": 0.4}, [0.5**0.5, 0.3**0.5, 0, 0]),
         ({"temperature": 0.0, "top_k": 3, "top_p": 0.9}, [1.0, 0, 0, 0]),
         ({"temperature": 1e-6}, [1.0, 0, 0, 0]),
+        # Beyond float32, whose smallest number is 1e-45 and largest 3e38.
+        ({"temperature": 1e-5}, [1.0, 0, 0, 0]),
+        ({"temperature": 1e-40}, [1.0, 0, 0, 0]),
+        ({"temperature": 1e-46}, [1.0, 0, 0, 0]),
+        ({"temperature": 1e300}, [0.25] * 4),
+        ({"temperature": 1.0, "top_p": 1e-46}, [1.0, 0, 0, 0]),
+        ({"temperature": 1e300, "top_k": 2, "top_p": 5e-324}, [1.0, 0, 0, 0]),
     ],
     ids=str,
 )
@@ -266,6 +274,35 @@ def test_the_order_of_the_vocabulary_does_not_matter():
 def test_greedy_takes_the_likeliest_of_each_row():
     logits = torch.tensor([[0.1, 3.0, -1.0], [5.0, 4.9, 4.8]])
     assert sample(logits, GenerationConfig(), []).tolist() == [1, 0]
+
+
+def test_every_temperature_of_every_order_draws_a_token():
+    """Logits as large as a model's, a temperature of each power of ten that a float has."""
+    logits = torch.tensor([[-60.0, 80.0, 79.0, 3.0]])
+    for power in range(-324, 309):
+        settings = GenerationConfig(temperature=float(f"1e{power}"), top_p=0.9, top_k=3)
+        (token,) = sample(logits, settings, [torch.Generator().manual_seed(0)]).tolist()
+        assert token in (1, 2, 3)
+
+
+def test_a_seed_of_none_is_drawn_anew(model):
+    settings: dict[str, Any] = {**SAMPLED, "seed": None}
+    assert len({tuple(generate(model, [[1, 2, 3]], **settings)[0]) for _ in range(3)}) == 3
+
+
+def test_rows_are_read_as_they_are(make_model):
+    """A prompt's last token is computed, whatever it is, and nothing behind it."""
+    seen = []
+    model = make_model().requires_grad_(False)
+    hidden_states = model.hidden_states
+
+    def record(input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        seen.append(input_ids.tolist())
+        return hidden_states(input_ids, **settings)
+
+    model.hidden_states = record
+    read_rows(model, [[1, 2, 60], [1, 2], [60]])
+    assert seen == [[1, 2, 60, 60]]
 
 
 # --- What is left as it was ---
@@ -293,7 +330,7 @@ def test_the_mode_is_put_back(make_model, tiny_config):
     with pytest.raises(ZeroDivisionError):
         generate(model, PROMPTS[:3], on_answer=lambda *answer: 1 / 0)
     assert model.training
-    steps = decode(model, PROMPTS[:3], GenerationConfig())
+    steps = decode(model, PROMPTS[:3], GenerationConfig(), eos_token_id=None)
     next(steps)
     assert not model.training
     steps.close()  # an answer that is broken off

@@ -8,12 +8,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.evaluating import evaluate as evaluate_module
 from lightning_sft.evaluating.evaluate import result_rows, write_alpaca_eval
 from lightning_sft.reporting.report import collect, report
@@ -149,6 +154,7 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
 
     from lightning_sft.evaluating.lm_eval_model import EvalModel
     from lightning_sft.models.ready import load_for_answers
+    from lightning_sft.models.tokenizers import tokenizer_of
 
     out = tmp_path / "exported"
     assert run("export", "--ckpt_path", checkpoint, "--format", "hf", "--out", out) == 0
@@ -165,7 +171,7 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
                 bootstrap_iters=10,
             )
             for lm in (
-                EvalModel(model, style, batch_size=5),
+                EvalModel(model, style, tokenizer_of(model), batch_size=5),
                 HFLM(pretrained=str(out), device="cpu", batch_size=4, dtype="float32"),
             )
         ]
@@ -208,6 +214,46 @@ def test_without_lm_eval_it_is_said_what_to_install(monkeypatch, capsys):
     )
     assert run("evaluate", "--ckpt_path", "any.ckpt", "--tasks", "arc_easy") == 2
     assert 'pip install "lightning-sft[eval]"' in capsys.readouterr().err
+
+
+def test_a_run_folder_and_a_base_that_moved(monkeypatch, tmp_path, capsys):
+    """All of the command but lm-eval itself."""
+    monkeypatch.setattr(evaluate_module.importlib.util, "find_spec", lambda *_: True)
+    monkeypatch.setattr(evaluate_module.importlib.metadata, "version", lambda name: "0.4")
+    monkeypatch.setattr(evaluate_module, "_find_tasks", lambda *_: "manager")
+    rated = []
+
+    def run_tasks(model: Any, *arguments: Any, **asked: Any) -> Any:
+        rated.append((model, *arguments, asked))
+        return FOUND
+
+    monkeypatch.setattr(evaluate_module, "_run_tasks", run_tasks)
+    stub = SimpleNamespace(EvalModel=lambda *arguments: arguments)
+    monkeypatch.setitem(sys.modules, "lightning_sft.evaluating.lm_eval_model", stub)
+    model = torch.nn.Linear(1, 1)
+    read = []
+    monkeypatch.setattr(
+        "lightning_sft.models.ready.load_for_answers",
+        lambda *arguments: read.append(arguments) or (model, "a style"),
+    )
+    folder = tmp_path / "runs" / "mine" / "version_0"
+    newest = folder / "checkpoints" / "step-000007.ckpt"
+    newest.parent.mkdir(parents=True)
+    newest.touch()
+    (folder / "config.yaml").write_text("run: {name: mine}\n")
+    origin = SimpleNamespace(run=folder, name="mine", step=7)
+    monkeypatch.setattr("lightning_sft.models.origin.read_origin", lambda path: origin)
+    options = ["--ckpt_path", folder, "--weights", "moved.pth", "--tasks", " arc, other,"]
+    assert run("evaluate", *options, "--limit=3", "--batch_size=2", "--device=cpu") == 0
+    assert read == [(str(newest), None, None, None, "moved.pth")]
+    asked = {"num_fewshot": None, "limit": 3, "apply_chat_template": False}
+    assert rated == [((model, "a style", gpt2_tokenizer(), 2), ["arc", "other"], "manager", asked)]
+    rows = read_evaluation(folder / "evaluation.json")
+    assert [(row["model"], row["metric"], row["limit"]) for row in rows] == [
+        ("mine, step 7", "acc", 3),
+        ("mine, step 7", "f1", 3),
+    ]
+    assert "acc              0.5000 ± 0.1000" in capsys.readouterr().out
 
 
 FOUND = {

@@ -40,9 +40,10 @@ from lightning_sft.exporting.export_gguf import (
 from lightning_sft.exporting.export_hf import generation_config, hf_config, write_safetensors
 from lightning_sft.exporting.exported_program import our_program
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
-from lightning_sft.models import loading as weights
+from lightning_sft.models import gpt2_weights as weights
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import from_hf, iterate_hf, load_weights, to_hf
+from lightning_sft.models.gpt2_weights import from_hf, iterate_hf, to_hf
+from lightning_sft.models.loading import load_weights
 from lightning_sft.models.origin import public_name, read_origin
 from lightning_sft.models.ready import load_for_answers
 from lightning_sft.models.registry import ARCHITECTURES

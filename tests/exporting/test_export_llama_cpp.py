@@ -28,7 +28,7 @@ from lightning_sft.data.entries import Entry, read_entries
 from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from lightning_sft.decoding.generation import generate
 from lightning_sft.exporting import export_gguf
-from lightning_sft.models.loading import iterate_hf
+from lightning_sft.models.gpt2_weights import iterate_hf
 from lightning_sft.models.ready import load_for_answers
 from support.llama_cpp import link_libraries, package_folder
 from support.runs import newest_checkpoint, run

@@ -23,6 +23,7 @@ from lightning_sft.judging.client import Judge
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.probe import probe
 from lightning_sft.judging.prompt import load_prompt
+from support.drip import drip
 from support.judge_server import Cut, Hang, JudgeServer, Raw, Reset, Says, Status, Trickle
 
 KEY = "planted-KEY.0123456789abcdef"
@@ -383,7 +384,7 @@ def test_key_is_sent_and_never_kept(protocol, monkeypatch, caplog):
 
 def test_negative_control_without_cleaning_the_key_would_be_kept(monkeypatch):
     plant(monkeypatch)
-    monkeypatch.setattr(Judge, "_without_key", lambda self, text: text)
+    monkeypatch.setattr(Judge, "_fit_to_keep", lambda self, text: text)
     with JudgeServer("ollama", [f"Bearer {KEY}"]) as server:
         assert KEY in ask(server).text
 
@@ -437,6 +438,44 @@ def test_netrc_is_ignored(monkeypatch, tmp_path: Path, protected):
         ask(server)
         headers = server.requests[0]["headers"]
     assert ("Authorization" in headers) is (not protected)
+
+
+@PROTOCOLS
+@STREAMED
+def test_half_a_character_in_a_reply_is_kept_as_a_mark(protocol, stream):
+    """JSON can spell a lone surrogate, and no UTF-8 file can hold it."""
+    with JudgeServer(protocol, ["85 \ud800", "\ud83d\ude00 90", "\ufeff"]) as server:
+        texts = [ask(server, stream=stream).text for _ in range(3)]
+    assert texts == ["85 \ufffd", "\U0001f600 90", "\ufeff"]  # a pair of halves is a character
+
+
+@PROTOCOLS
+def test_escape_sequences_of_a_judge_reach_no_terminal(protocol):
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m \u202e \ud800"
+    acts = [Status(code, protocol_error(protocol, evil)) for code in (400, 500, 403)]
+    with JudgeServer(protocol, acts) as server:
+        words = [ask(server, retries=0).reason for _ in range(2)]
+        with pytest.raises(ServiceError) as caught:
+            ask(server)
+    for text in (*words, str(caught.value)):
+        assert "owned" in text
+        assert text.isprintable()
+    listing = JudgeServer(protocol, models=[evil])
+    with listing, pytest.raises(ServiceError) as caught:
+        probe(Judge(config_for(listing)))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"],
+)
+def test_headers_that_trickle_end_at_the_deadline(head):
+    with drip(head, b"0" * 9999) as address:
+        start = time.monotonic()
+        config = JudgeConfig("ollama", address, timeout=0.4, retries=0)
+        assert Judge(config).ask("x", None, 1).reason == "no whole reply within 0.4 s"
+        assert time.monotonic() - start < 3.0
 
 
 def test_trickle_ends_at_the_deadline_and_not_by_the_sockets_timeout():

@@ -21,7 +21,7 @@ from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import load_prompt
 from lightning_sft.judging.score import score
 from lightning_sft.judging.significance import correlate, correlate_with_gap
-from lightning_sft.judging.summary import read_scores, summarize
+from lightning_sft.judging.summary import describe, read_scores, summarize
 from lightning_sft.runs.responses import read_responses
 from support.judge_server import JudgeServer, Raw, Says, Status
 
@@ -283,6 +283,27 @@ def test_failures_stay_in_the_count(tmp_path, capsys):
     assert "Number of scores: 2 of 4\nAverage score: 80.00" in out
     assert "Average with failures as 0: 40.00" in out
     assert "Not scored: 1 × 250 is outside 0 to 100" in out
+
+
+def test_a_poisonous_reply_ends_nothing(tmp_path, capsys):
+    """Half a character, and a terminal's commands, among replies that are as they should be."""
+    path = write_responses(tmp_path, make_entries(4))
+    evil = Status(400, {"error": "\x1b[2J\x1b]0;owned\x07"})
+    with JudgeServer("ollama", ["60", "85 \ud800", evil, "70"], models=["llama3"]) as server:
+        config = config_for(server)
+        with pytest.raises(IncompleteError):
+            score(path, config, controls=0)
+        assert len(server.prompts) == 4
+    records = lines_of(tmp_path / "scores.jsonl")
+    assert [record["score"] for record in records] == [60, 85, None, 70]
+    assert records[1]["reply"] == "85 \ufffd"
+    # Also from a file that was not cleaned when it was written.
+    records[2]["reason"] = "\x1b[2J owned"
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    print(describe(summarize(read_responses(path), read_scores(tmp_path / "scores.jsonl"))))
+    captured = capsys.readouterr()
+    assert captured.out.count("owned") == 2
+    assert not set("\x1b\x07") & set(captured.out)
 
 
 def test_all_failed_is_said_plainly(tmp_path, capsys):

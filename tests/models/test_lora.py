@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from lightning_sft import SFTModule
+from lightning_sft.common import files
+from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import book_state_dict, to_hf
+from lightning_sft.models.gpt2_weights import to_hf
+from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.lora import (
     LoRAConfig,
     LoRALinear,
@@ -24,7 +27,7 @@ from lightning_sft.models.lora import (
     merge_lora,
     merged_copy,
 )
-from lightning_sft.models.lora_checkpoint import identify_base
+from lightning_sft.models.lora_checkpoint import identify_base, saved_config
 from lightning_sft.models.registry import ARCHITECTURES
 from lightning_sft.planning.footprint import count_parameters, estimate_memory
 from lightning_sft.training.loss import CHUNK_SIZE, sum_cross_entropy
@@ -87,6 +90,45 @@ def test_adapters_begin_as_in_the_paper_and_draw_nothing_from_the_global_state()
             assert not torch.equal(parameter, other[name])
             bound = 1 / math.sqrt(parameter.shape[1])  # Kaiming, uniform, a = sqrt(5)
             assert 0.7 * bound < parameter.abs().max() <= bound
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_books_form_is_its_appendix_e(rank: int) -> None:
+    """Appendix E written out: `alpha * (x @ A @ B)`, and A by `kaiming_uniform_` as (in, rank)."""
+    base = torch.nn.Linear(64, 48)
+    config = LoRAConfig(rank=rank, alpha=16, scaling="alpha", init="book")
+    layer = LoRALinear(base, config, torch.Generator().manual_seed(0))
+    theirs = torch.nn.init.kaiming_uniform_(torch.empty(64, rank), a=math.sqrt(5))
+    for a in (layer.lora_a, theirs):
+        assert 0.9 < float(a.abs().max()) * math.sqrt(rank) <= 1
+    with torch.no_grad():
+        layer.lora_b.normal_()
+        x = torch.randn(5, 64)
+        expected = base(x) + 16 * (x @ layer.lora_a.T @ layer.lora_b.T)
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(layer.merged()(x), expected, atol=1e-4, rtol=1e-5)
+    peft = LoRALinear(base, LoRAConfig(rank=rank, alpha=16), torch.Generator().manual_seed(0))
+    assert 0.9 < float(peft.lora_a.abs().max()) * math.sqrt(64) <= 1
+    assert layer.scale / peft.scale == rank
+
+
+def test_a_checkpoint_without_the_new_keys_means_pefts_form() -> None:
+    old = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["*"]}
+    config = saved_config({"lora": old})
+    assert config == LoRAConfig(4, 8.0)
+    assert config.as_dict() == old  # and older versions read what is written in that form
+    book = LoRAConfig(4, 8.0, scaling="alpha", init="book")
+    assert saved_config({"lora": book.as_dict()}) == book
+    with pytest.raises(InputError, match="which is none"):
+        saved_config({"lora": old | {"scaling": "beta"}})
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-peft"])
+def test_the_recipes_differ_in_scaling_and_beginning_alone(name: str) -> None:
+    settings = read_config(files.shipped_folder() / f"{name}.yaml")["model"]["lora"]
+    config = LoRAConfig(**settings | {"targets": tuple(settings["targets"])})
+    expected = LoRAConfig() if name == "lora-peft" else LoRAConfig(scaling="alpha", init="book")
+    assert config == expected
 
 
 def test_only_adapters_train_and_names_stay() -> None:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from lightning_sft.common import downloads, files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.models import files as weight_files
-from lightning_sft.models import loading as weights
+from lightning_sft.models import gpt2_weights as weights
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import book_state_dict, from_hf, load_weights, to_hf
+from lightning_sft.models.gpt2_weights import from_hf, to_hf
+from lightning_sft.models.loading import book_state_dict, load_weights
 from lightning_sft.models.registry import ARCHITECTURES
 from support.hub import Hub, Reply
 from support.tiny_weights import INPUT_IDS, TIED, TINY, logits_of, make_book_model, make_model

@@ -19,7 +19,8 @@ from lightning_sft.common import downloads
 from lightning_sft.common.errors import InputError
 from lightning_sft.models import files as weight_files
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import load_weights, to_hf
+from lightning_sft.models.gpt2_weights import to_hf
+from lightning_sft.models.loading import load_weights
 from support.hub import Hub
 
 pytestmark = pytest.mark.slow

@@ -17,9 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_sft.common.errors import InputError
 from lightning_sft.runs.run_folder import (
     RunClaim,
+    checkpoint_in,
     newest_run,
     next_version,
     run_of,
+    saved_checkpoints,
     version_numbers,
 )
 from lightning_sft.training.loggers import COLUMNS, EventsLogger, MetricsFile, rewind
@@ -114,6 +116,42 @@ def test_whose_a_file_is(folder):
     (folder / "elsewhere").mkdir()
     (folder / "elsewhere" / checkpoint.name).touch()
     assert run_of(folder / "elsewhere" / checkpoint.name) is None  # whoever put it there
+
+
+# --- A run where a checkpoint is wanted ---
+
+
+def test_a_run_stands_for_its_newest_checkpoint(folder):
+    (folder / "config.yaml").touch()
+    with pytest.raises(InputError, match=r"^ckpt_path: the run .* has saved no checkpoint"):
+        checkpoint_in(folder)
+    weights = folder / "gpt2-2M-sft.pth"
+    weights.touch()
+    assert checkpoint_in(folder) == weights
+    (folder / "checkpoints").mkdir()
+    for name in ("step-999999.ckpt", "step-1000000.ckpt", "step-2000000-keep.ckpt", "step-x.ckpt"):
+        (folder / "checkpoints" / name).touch()
+    newest = folder / "checkpoints" / "step-1000000.ckpt"
+    assert checkpoint_in(str(folder)) == newest
+    assert [path.name for path in saved_checkpoints(folder)] == [
+        "step-999999.ckpt",
+        "step-1000000.ckpt",
+    ]
+
+
+def test_what_is_no_run_is_left_as_it_is(folder):
+    exported = folder / "exported"
+    exported.mkdir()
+    (exported / "model.safetensors").touch()
+    for path in (exported, exported / "model.safetensors", Path("gpt2-medium")):
+        assert checkpoint_in(path) == path
+
+
+def test_what_cannot_be_meant_is_refused(folder):
+    with pytest.raises(InputError, match=r"^weights: .*nowhere.pth: no such file"):
+        checkpoint_in(folder / "nowhere.pth", "weights")
+    with pytest.raises(InputError, match=r"holds runs; name one, such as .*version_3$"):
+        checkpoint_in(folder.parent)
 
 
 # --- One writer a folder ---

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.decoding.batch import Batch
+from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.serving.engine import Engine, Job, News, QueueFullError, StoppingError
+from lightning_sft.serving import sampling
+from lightning_sft.serving.engine import Engine, QueueFullError, StoppingError
+from lightning_sft.serving.job import Job, TokenEvent
 from support.serving import wait_for
 
 CONTEXT = 32
@@ -36,14 +38,14 @@ class Desk:
         self.tokens: dict[Job, list[int]] = defaultdict(list)
         self.likelihoods: dict[Job, list[Any]] = defaultdict(list)
         self.ends: dict[Job, str] = {}
-        self.engine = Engine(models, self.take, **{"eos_token_id": None} | settings)
+        self.engine = Engine(models, self.take, **{"eos_token_ids": {}} | settings)
 
-    def take(self, news: list[tuple[Job, News]]) -> None:
-        for job, item in news:
+    def take(self, events: list[tuple[Job, TokenEvent]]) -> None:
+        for job, item in events:
             assert job not in self.ends
             if item.token is not None:
                 self.tokens[job].append(item.token)
-                self.likelihoods[job].append(item.likelihood)
+                self.likelihoods[job].append(item.logprobs)
             if item.end is not None:
                 self.ends[job] = item.end
 
@@ -126,7 +128,7 @@ def test_settings_of_ones_own(model):
 def test_end_of_text_ends_and_is_not_told(model):
     whole = alone(model, [1, 2, 3])
     end = whole[4]
-    desk = Desk(model, eos_token_id=end)
+    desk = Desk(model, eos_token_ids={"m": end})
     one = job([1, 2, 3])
     desk.engine.submit([one])
     desk.finish()
@@ -248,10 +250,10 @@ def test_a_failing_step_ends_its_answers_and_no_others(model, monkeypatch, capsy
     failed = [job([1]), job([2])]
     desk.engine.submit(failed)
     desk.turn()
-    feed = Batch.feed
-    monkeypatch.setattr(Batch, "feed", lambda *_: 1 / 0)
+    feed = RunningBatch.feed
+    monkeypatch.setattr(RunningBatch, "feed", lambda *_: 1 / 0)
     desk.turn()
-    monkeypatch.setattr(Batch, "feed", feed)
+    monkeypatch.setattr(RunningBatch, "feed", feed)
     assert [desk.ends[one] for one in failed] == ["error", "error"]
     assert "ZeroDivisionError" in capsys.readouterr().err
     later = job([3])
@@ -265,15 +267,145 @@ def test_a_failing_newcomer_does_not_harm_those_under_way(model, monkeypatch, ca
     under_way, newcomer = job([1]), job([2])
     desk.engine.submit([under_way])
     desk.turn()
-    join = Batch.join
-    monkeypatch.setattr(Batch, "join", lambda *_: 1 / 0)
+    join = RunningBatch.join
+    monkeypatch.setattr(RunningBatch, "join", lambda *_: 1 / 0)
     desk.engine.submit([newcomer])
     desk.turn()
-    monkeypatch.setattr(Batch, "join", join)
+    monkeypatch.setattr(RunningBatch, "join", join)
     desk.finish()
     assert desk.ends == {newcomer: "error", under_way: "length"}
     assert desk.tokens[under_way] == alone(model, [1])
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("half_done", [False, True], ids=["before", "after"])
+def test_a_step_that_fails_for_one_row_ends_that_row(model, monkeypatch, capsys, half_done):
+    """Whether it fails before anything was computed, or with the cache changed already."""
+    settings: list[dict[str, Any]] = [{}, {"seed": 5} | SAMPLED, {"seed": 6} | SAMPLED]
+    first, whole, last = (alone(model, [1, 2, 3], **chosen) for chosen in settings)
+    poison = next(token for token in whole[3:] if token not in (*first, *whole[:3], *last))
+    feed = RunningBatch.feed
+
+    def choke(self: RunningBatch, tokens: torch.Tensor, going_on: Any = None) -> list[int]:
+        slots = feed(self, tokens, going_on) if half_done else []
+        if poison in tokens.tolist():
+            raise RuntimeError("a row that cannot be computed")
+        return slots if half_done else feed(self, tokens, going_on)
+
+    monkeypatch.setattr(RunningBatch, "feed", choke)
+    desk = Desk(model)
+    jobs = [job([1, 2, 3], **chosen) for chosen in settings]
+    desk.engine.submit(jobs)
+    desk.finish()
+    assert [desk.ends[one] for one in jobs] == ["length", "error", "length"]
+    written = whole[: whole.index(poison) + 1]  # what it had is kept
+    assert [desk.tokens[one] for one in jobs] == [first, written, last]
+    assert "a row that cannot be computed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_fail_now_and_then_change_no_text(model, monkeypatch, seed):
+    rng = random.Random(seed)
+    feed = RunningBatch.feed
+
+    def falter(self: RunningBatch, tokens: torch.Tensor, going_on: Any = None) -> list[int]:
+        several = len(tokens) > 1
+        if several and rng.random() < 0.2:
+            raise MemoryError
+        slots = feed(self, tokens, going_on)
+        if several and rng.random() < 0.2:
+            raise MemoryError
+        return slots
+
+    monkeypatch.setattr(RunningBatch, "feed", falter)
+    desk = Desk(model, batch_size=5)
+    jobs = [job(prompt, seed=place, **SAMPLED) for place, prompt in enumerate(PROMPTS[:12])]
+    desk.engine.submit(jobs[:6])
+    for one in jobs[6:]:
+        desk.turn()
+        desk.engine.submit([one])
+    desk.finish()
+    # Where the others had left, a step of several rows can be one of a single row, which may fail.
+    assert {desk.ends[one] for one in jobs} <= {"length", "error"}
+    for place, one in enumerate(jobs):
+        if desk.ends[one] == "length":
+            assert desk.tokens[one] == alone(model, one.prompt, seed=place, **SAMPLED)
+    assert sum(desk.ends[one] == "length" for one in jobs) >= 8
+
+
+def test_a_row_that_cannot_be_drawn_ends_alone(model, monkeypatch, capsys):
+    """Rows of equal settings are computed together; what each has drawn is not drawn again."""
+    jobs = [job(prompt, seed=place, **SAMPLED) for place, prompt in enumerate(PROMPTS[:4])]
+    jobs.append(job([5], top_logprobs=7))
+    draw, rate, refused = sampling.draw, sampling.TokenLogprobs, jobs[2]
+
+    def draw_some(row: torch.Tensor, rng: torch.Generator) -> int:
+        return 1 // 0 if rng is refused.rng else draw(row, rng)
+
+    def rate_some(logprob: float, top: list[Any]) -> Any:
+        return [][7] if len(top) == 7 else rate(logprob, top)
+
+    monkeypatch.setattr(sampling, "draw", draw_some)
+    monkeypatch.setattr(sampling, "TokenLogprobs", rate_some)
+    desk = Desk(model)
+    jobs.append(job([6], top_logprobs=2))
+    desk.engine.submit(jobs)
+    desk.finish()
+    ends = [desk.ends[one] for one in jobs]
+    assert ends == ["length", "length", "error", "length", "error", "length"]
+    for place in (0, 1, 3):
+        assert desk.tokens[jobs[place]] == alone(model, PROMPTS[place], seed=place, **SAMPLED)
+    assert desk.tokens[jobs[5]] == alone(model, [6])
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError" in error
+    assert "IndexError" in error
+
+
+def test_settings_that_cannot_be_computed_end_alone(model, monkeypatch):
+    right = sampling.probabilities
+
+    def compute(logits: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
+        return logits[99] if settings.top_k == 13 else right(logits, settings)
+
+    monkeypatch.setattr(sampling, "probabilities", compute)
+    desk = Desk(model)
+    jobs = [job([1, 2, 3], **SAMPLED), job([4], **SAMPLED | {"top_k": 13}), job([5])]
+    desk.engine.submit(jobs)
+    desk.finish()
+    assert [desk.ends[one] for one in jobs] == ["length", "error", "length"]
+    assert desk.tokens[jobs[0]] == alone(model, [1, 2, 3], **SAMPLED)
+
+
+def test_a_prompt_that_cannot_be_read_ends_alone(model, monkeypatch):
+    join = RunningBatch.join
+
+    def choke(self: RunningBatch, prompts: list[list[int]]) -> None:
+        assert [9, 9] not in prompts
+        join(self, prompts)
+
+    monkeypatch.setattr(RunningBatch, "join", choke)
+    desk = Desk(model)
+    jobs = [job([1]), job([9, 9]), job([2])]
+    desk.engine.submit(jobs)
+    desk.finish()
+    assert [desk.ends[one] for one in jobs] == ["length", "error", "length"]
+    assert [desk.tokens[one] for one in jobs] == [alone(model, [1]), [], alone(model, [2])]
+
+
+def test_what_fails_together_is_tried_alone():
+    calls = []
+
+    def halve(rows: Any) -> list[int]:
+        calls.append(list(rows))
+        assert 3 not in rows
+        return [row // 2 for row in rows]
+
+    results, faults = sampling.isolate([2, 3, 4], halve)
+    assert results == {2: 1, 4: 2}
+    assert isinstance(faults.pop(3), AssertionError)
+    assert not faults
+    assert calls == [[2, 3, 4], [2], [3], [4]]
+    assert sampling.isolate([2, 4], halve) == ({2: 1, 4: 2}, {})
 
 
 def test_draining_finishes_what_runs_and_sends_the_rest_away(model):
@@ -317,7 +449,7 @@ def test_the_thread_takes_jobs_from_many_and_ends(model):
 
 def test_rows_join_and_leave_a_cache(model):
     """Against the whole text again for every token, at lengths that make the cache grow twice."""
-    batch, rows = Batch(model), []
+    batch, rows = RunningBatch(model), []
     for step in range(20):
         if step % 5 == 0:
             prompts = [[step + 1] * (1 + step), [step + 2]]
@@ -334,7 +466,7 @@ def test_rows_join_and_leave_a_cache(model):
 
 
 def test_the_cache_takes_no_more_than_twice_what_it_holds(model):
-    batch = Batch(model)
+    batch = RunningBatch(model)
     for place in range(5):
         batch.join([[place] * 3])
     assert batch.cache is not None

@@ -25,11 +25,12 @@ from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import gpt2_tokenizer
-from lightning_sft.decoding.batch import Batch
+from lightning_sft.decoding.batch import RunningBatch
+from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.serving.answers import Stream
 from lightning_sft.serving.serve import TOKEN_VARIABLE, check_address, choose_names, listen
-from lightning_sft.serving.settings import Answers, Limits
+from lightning_sft.serving.settings import Limits
 from support.runs import run, spawn
 from support.serving import SMALL, Served, answer_alone, make_talker, serving, wait_for
 
@@ -53,13 +54,13 @@ def served(model) -> Iterator[Served]:
 @pytest.fixture
 def slow(monkeypatch) -> None:
     """Steps that take 10 ms, so that something can happen between two of them."""
-    feed = Batch.feed
+    feed = RunningBatch.feed
 
     def dawdle(*arguments: Any) -> Any:
         time.sleep(0.01)
         return feed(*arguments)
 
-    monkeypatch.setattr(Batch, "feed", dawdle)
+    monkeypatch.setattr(RunningBatch, "feed", dawdle)
 
 
 @pytest.fixture
@@ -563,7 +564,9 @@ def test_a_full_queue(model, slow):
 
 def test_limits_of_ones_own(model):
     limits = Limits(body_bytes=500, max_tokens=9, prompt_tokens=50)
-    with serving({"mine": model}, limits=limits, generation=Answers(max_new_tokens=7)) as running:
+    with serving(
+        {"mine": model}, limits=limits, generation=GenerationConfig(max_new_tokens=7)
+    ) as running:
         assert running.send(CHAT, {"messages": USER})[1]["usage"]["completion_tokens"] == 7
         assert running.send(CHAT, {"messages": USER, "max_tokens": 10})[0] == 400
         long = running.send(COMPLETIONS, {"prompt": "word " * 60})
@@ -686,13 +689,13 @@ def test_a_client_that_leaves_the_queue(model, slow):
 
 
 def test_a_failing_model_is_an_error_and_the_server_lives_on(served, monkeypatch, capsys):
-    feed = Batch.feed
-    monkeypatch.setattr(Batch, "feed", lambda *_: 1 / 0)
+    feed = RunningBatch.feed
+    monkeypatch.setattr(RunningBatch, "feed", lambda *_: 1 / 0)
     status, reply, _ = served.send(CHAT, {"messages": USER, "max_tokens": 5})
     assert (status, reply["error"]["type"]) == (500, "server_error")
     with connect(served) as client, pytest.raises(openai.APIError, match="failed on this request"):
         list(ask(client, "Hi", stream=True))
-    monkeypatch.setattr(Batch, "feed", feed)
+    monkeypatch.setattr(RunningBatch, "feed", feed)
     assert served.send(CHAT, {"messages": USER, "max_tokens": 5})[0] == 200
     assert "ZeroDivisionError" in capsys.readouterr().err
 
@@ -767,6 +770,28 @@ def test_ctrl_c_once_finishes_and_twice_does_not(weights, model, slow, capsys):
     assert "1 answers are being finished" in capsys.readouterr().err
 
 
+def test_the_exit_code_where_ctrl_c_is_ignored(weights):
+    """As in a shell's background job, sent the signal by name."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def interrupt() -> None:
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="-", max_retries=50
+        ) as client:
+            client.models.list()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    user = threading.Thread(target=interrupt)
+    user.start()
+    try:
+        assert run("serve", *weights, "--port", port, "--device=cpu") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+        user.join(timeout=60)
+
+
 def test_stopping_sends_newcomers_away(model, slow):
     with (
         serving({"mine": model}, limits=Limits(batch_size=1)) as running,
@@ -807,7 +832,9 @@ def test_help_needs_no_torch(capsys):
         (["--ckpt_path", "x", "--host", "127.0.0.1.1"], TOKEN_VARIABLE),
         (["--ckpt_path", "x", "--limits.queue=-1"], "limits.queue"),
         (["--ckpt_path", "x", "--generation.temperature=3"], "generation.temperature"),
+        (["--ckpt_path", "x", "--generation.batch_size=3"], "limits.batch_size"),
         (["--ckpt_path", "x", "--name", "two words"], "without spaces"),
+        (["--ckpt_path", "."], "does not say its architecture"),
         (["--ckpt_path", "x.pth", "--compare_ckpt_path", "y/x.pth"], "compare_name"),
     ],
 )
@@ -818,6 +845,37 @@ def test_what_the_command_refuses(arguments, words, capsys, monkeypatch, tmp_pat
     error = capsys.readouterr().err
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_run_folders_and_bases_that_moved(monkeypatch, tmp_path):
+    """What each of two models is read from."""
+    read: list[tuple[Any, ...]] = []
+    shown: dict[str, Any] = {}
+
+    def load(*arguments: Any) -> Any:
+        read.append(arguments)
+        return make_talker(), get_style("alpaca")
+
+    def build(models: dict[str, Any], *_: Any) -> Any:
+        shown.update(models)
+        return SimpleNamespace(run=lambda sockets: None, ended_by=0)
+
+    monkeypatch.setattr("lightning_sft.models.ready.load_for_answers", load)
+    monkeypatch.setattr("lightning_sft.serving.server.build_server", build)
+    run_folder = tmp_path / "runs" / "mine" / "version_2"
+    newest = run_folder / "checkpoints" / "step-000010.ckpt"
+    newest.parent.mkdir(parents=True)
+    for step in ("000002", "000010"):
+        (newest.parent / f"step-{step}.ckpt").touch()
+    options = ["--compare_ckpt_path", "gpt2-small", "--compare_name", "base", "--port=0"]
+    options += ["--weights", "moved.pth", "--compare_weights", "other.pth"]
+    assert run("serve", "--ckpt_path", run_folder, *options, "--device=cpu") == 0
+    assert read == [
+        (str(newest), None, None, None, "moved.pth"),
+        ("gpt2-small", None, None, None, "other.pth"),
+    ]
+    assert list(shown) == ["mine", "base"]
+    assert shown["mine"].tokenizer is TOKENIZER
 
 
 def test_a_taken_port_is_known_before_a_model_is_read(capsys):
@@ -841,6 +899,9 @@ def test_a_taken_port_is_known_before_a_model_is_read(capsys):
             [f"runs/a/version_0/checkpoints/step-{step}.ckpt" for step in (1, 2)],
             ["a-version_0-step-1", "a-version_0-step-2"],
         ),
+        (["runs/a/version_0"], ["a"]),
+        (["runs/a/version_0", "runs/b/version_3/"], ["a", "b"]),
+        (["runs/a/version_0", "runs/a/version_1"], ["a-version_0", "a-version_1"]),
         (["gpt2-medium"], ["gpt2-medium"]),
         (["gpt2-medium", "mine.pth"], ["gpt2-medium", "mine"]),
     ],
@@ -848,3 +909,5 @@ def test_a_taken_port_is_known_before_a_model_is_read(capsys):
 def test_names(paths, names):
     assert choose_names(paths, [None, None]) == names
     assert choose_names(paths, ["first", None])[0] == "first"
+    if len(paths) == 2:  # two that differ by a given name need no more to be told apart
+        assert choose_names(paths, [None, "second"]) == [names[0].split("-version")[0], "second"]

@@ -11,7 +11,7 @@ import pytest
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import gpt2_tokenizer
-from lightning_sft.decoding.batch import Batch
+from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.generation import generate
 from support.browser import EVIL, chromium, webdriver
 from support.serving import Served, answer_alone, make_talker, serving, wait_for
@@ -36,13 +36,13 @@ def served() -> Iterator[Served]:
 @pytest.fixture
 def slow(monkeypatch) -> None:
     """Steps that take 30 ms: an answer of 200 tokens takes 6 seconds."""
-    feed = Batch.feed
+    feed = RunningBatch.feed
 
     def dawdle(*arguments: Any) -> Any:
         time.sleep(0.03)
         return feed(*arguments)
 
-    monkeypatch.setattr(Batch, "feed", dawdle)
+    monkeypatch.setattr(RunningBatch, "feed", dawdle)
 
 
 def open_page(browser, served: Served, width: int = 1000, dark: bool = False) -> None:

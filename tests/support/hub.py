@@ -53,10 +53,18 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.default: dict[str, Reply | Callable[[Request], Reply]] = {}
         self.requests: list[Request] = []
+        self.connections = 0
+        self.keep_open = False  # as HTTP/1.1 does
         self._scripts: dict[str, list[Reply]] = defaultdict(list)
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
+            def setup(self) -> None:
+                super().setup()
+                hub.connections += 1
+                if hub.keep_open:
+                    self.protocol_version = "HTTP/1.1"
+
             def do_GET(self) -> None:
                 hub._answer(self)
 
@@ -144,4 +152,5 @@ class Hub:
                 reply.hold.wait(30)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has gone, as some tests want
-        handler.close_connection = True
+        if not self.keep_open:
+            handler.close_connection = True

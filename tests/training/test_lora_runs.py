@@ -243,7 +243,11 @@ def test_random_weights_are_made_again_from_the_seed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.lora=null"], "holds LoRA adapters; add --config lora.yaml, or --model.lora '{"),
+        (
+            ["--model.lora=null"],
+            "LoRA adapters; add --config lora-peft.yaml, or --model.lora '{",
+        ),
+        (["--model.lora.scaling=alpha"], "model.lora.scaling alpha_over_rank, the configuration"),
         (["--model.lora.rank=8"], "trained with model.lora.rank 4, the configuration has 8"),
         (["--model.lora.alpha=4"], "trained with model.lora.alpha 8.0, the configuration has 4.0"),
         (["--model.lora.targets=[out_head]"], "trained with model.lora.targets ['*'], the conf"),

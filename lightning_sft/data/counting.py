@@ -1,0 +1,163 @@
+"""What is counted before anything is trained: tokens, targets, computed tokens, steps.
+
+One owner for each number: `fit` opens with it, `inspect` prints it, `plan` extrapolates from it.
+
+    >>> count_split(rows, config, style, tokenizer).supervised
+    52760
+    >>> count_run_steps(batches=116, accumulate=1, max_epochs=2)
+    232
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.config import DataConfig
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.rows import TokenRows
+from lightning_sft.data.tokenizer import Tokenizer
+
+
+class SplitCounts(NamedTuple):
+    """What training takes of one split; arrays hold the entries' places in it.
+
+    entries: All entries, those that `overlong: drop` leaves out included.
+    tokens, supervised: Input tokens and targets of an epoch, padding not counted.
+    longest: Tokens of the longest row, before any cut.
+    overlong: Entries of more than `max_length` tokens.
+    without_target: Entries that are left with nothing to learn from; `fit` refuses these.
+    answerless: Entries that are cut before their answer begins.
+    """
+
+    entries: int
+    tokens: int
+    supervised: int
+    longest: int
+    overlong: npt.NDArray[np.intp]
+    without_target: npt.NDArray[np.intp]
+    answerless: npt.NDArray[np.intp]
+
+
+def count_split(
+    rows: TokenRows, config: DataConfig, style: PromptStyle, tokenizer: Tokenizer
+) -> SplitCounts:
+    """Count what training takes of the rows of a split.
+
+    Args:
+        rows: All rows of the split, before `fit_to_length`.
+    """
+    targets = rows.count_targets(config.max_length, config.mask_prompt)
+    # A row of n tokens has n inputs and, thanks to the end-of-text behind it, n targets.
+    too_long = rows.lengths > config.max_length
+    is_used = ~too_long if config.overlong == "drop" else np.ones(len(rows), bool)
+    # A header that the model writes itself stands between the prompt and the answer proper.
+    header = 0 if style.header_in_prompt else len(tokenizer.encode(style.header))
+    # The last target of a cut row is the token in place `max_length`, counted from 0.
+    answerless = is_used & too_long & (rows.prompt_lengths + header > config.max_length)
+    return SplitCounts(
+        entries=len(rows),
+        tokens=int(rows.lengths[is_used].clip(max=config.max_length).sum()),
+        supervised=int(targets[is_used].clip(min=0).sum()),
+        longest=int(rows.lengths.max()),
+        overlong=np.flatnonzero(too_long),
+        without_target=np.flatnonzero(is_used & (targets <= 0)),
+        answerless=np.flatnonzero(answerless),
+    )
+
+
+def check_answers(counts: SplitCounts, config: DataConfig, where: str) -> None:
+    """Refuse a split most of whose rows are cut before their answer begins.
+
+    Raises:
+        InputError: Says how many, and of which setting.
+    """
+    used = counts.entries - (len(counts.overlong) if config.overlong == "drop" else 0)
+    if 2 * len(counts.answerless) > used:
+        raise InputError(
+            f"{where}: {len(counts.answerless)} of {used} entries are cut to max_length "
+            f"{config.max_length} before their answer begins, so training would teach no "
+            "answers; raise data.max_length or set data.overlong to drop"
+        )
+
+
+class BatchShape(NamedTuple):
+    """Size of a batch: `tokens` are computed, spread over `rows` rows of `width` in attention."""
+
+    tokens: int
+    rows: int
+    width: int
+
+
+def measure_batch(
+    ids: Sequence[list[int]], *, padding_free: bool = False, share_prefix: bool = False
+) -> BatchShape:
+    """What a batch computes, padded by default.
+
+    Args:
+        ids: The input tokens of its rows, cut to `max_length`.
+        padding_free, share_prefix: As in `DataConfig`.
+    """
+    width = max(map(len, ids))
+    # Listing 7.5 pads to the longest row of the batch; packing computes real tokens alone.
+    if share_prefix:
+        tokens = count_tree(ids)
+    else:
+        tokens = sum(map(len, ids)) if padding_free else len(ids) * width
+    return BatchShape(tokens, len(ids), width)
+
+
+def count_tree(ids: Sequence[list[int]]) -> int:
+    """Tokens of the prefix tree of some rows: each distinct prefix is computed once.
+
+    Among sorted rows a row shares most with its neighbour, so what a row adds to the tree is what
+    it does not share with the row before it.
+    """
+    ordered = sorted(ids)
+    shared = sum(_count_common(left, right) for left, right in itertools.pairwise(ordered))
+    return sum(map(len, ordered)) - shared
+
+
+def _count_common(left: list[int], right: list[int]) -> int:
+    """Length of the prefix that two rows share."""
+    for place, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return place
+    return min(len(left), len(right))
+
+
+def limit_batches(batches: int, limit: int | float | None) -> int:
+    """Micro-batches of an epoch under `trainer.limit_train_batches`, a number or a share."""
+    if limit is None:
+        return batches
+    # As Lightning does it: a whole number counts batches, even 1; a float is a share, even 1.0.
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def count_epoch_steps(batches: int, accumulate: int) -> int:
+    """Optimizer steps of an epoch; the last one may hold fewer micro-batches."""
+    return -(-batches // accumulate)
+
+
+def count_run_steps(
+    batches: int, accumulate: int, max_epochs: int | None, max_steps: int = -1
+) -> int | None:
+    """Optimizer steps of a whole run; None where nothing but its own end limits it.
+
+    Args:
+        batches: Micro-batches of an epoch, after `limit_batches`.
+        max_epochs, max_steps: As the Trainer takes them; -1 or null is no limit.
+    """
+    steps = None  # whichever limit is reached first ends the run
+    if max_epochs is not None and max_epochs >= 0:
+        steps = count_epoch_steps(batches, accumulate) * max_epochs
+    if max_steps >= 0:
+        steps = max_steps if steps is None else min(steps, max_steps)
+    return steps
