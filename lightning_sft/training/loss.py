@@ -48,7 +48,7 @@ def sum_cross_entropy(
     hidden = hidden.index_select(0, used)
     factors = [hidden, weight, *(adapter(hidden) if adapter is not None else ())]
     with_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-    return _SumCrossEntropy.apply(targets[order], places[order], with_grad, *factors)
+    return _SumCrossEntropy.apply(targets[order], places[order], with_grad, *factors)  # type: ignore[no-untyped-call]
 
 
 class _SumCrossEntropy(torch.autograd.Function):
