@@ -1,14 +1,17 @@
 """What all tests share: no network, a cache of their own, a toy tokenizer and tiny models.
 
-The guard watches this process alone: a test that starts another one keeps it off the network
-itself. Tests marked `network` are let through and use the real cache.
+The guards watch this process alone: a test that starts another one keeps it off the network
+itself. Tests marked `network` are let through and use the real cache; those marked `unit`, as all
+are that nothing else is said of, may start no process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ import torch
 from lightning_sft.data.entries import Entry, read_entries
 from lightning_sft.data.tokenizer import END_OF_TEXT
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from support import tiers
+from support.runs import command_popen
 
 # One thread: tiny models gain nothing from more, the processes that tests start have one too, and
 # sums over another number of threads differ in their last bits.
@@ -35,10 +40,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tiers, and begin with the long tests, so that none is left over at the end."""
+    for item in items:
+        tiers.mark(item)
+    items.sort(key=lambda item: item.get_closest_marker("unit") is not None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Around each test and all its fixtures, whatever their scope."""
-    with pytest.MonkeyPatch.context() as patch:
+    is_unit = item.get_closest_marker("unit") is not None
+    with (
+        tiers.no_processes(item) if is_unit else contextlib.nullcontext(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # It is for a power cut, which no test makes; a kill loses nothing that was written.
+        patch.setattr(os, "fsync", lambda descriptor: None)
         if item.get_closest_marker("network") is None:
             cache = item.config._tmp_path_factory.getbasetemp() / "lightning_sft_cache"  # type: ignore[attr-defined]
             patch.setenv("LIGHTNING_SFT_CACHE", str(cache))
@@ -76,6 +95,13 @@ def _demand_loopback(host: str | bytes | None) -> None:
         pass
     # No OSError: code under test would take it for a fault of the network and go on.
     pytest.fail(f"the test reaches for {name}; without the marker `network` only loopback is open")
+
+
+@pytest.fixture
+def forked_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that this process starts are forked, where that is possible; see `fork_server`."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(subprocess, "Popen", command_popen())
 
 
 @pytest.fixture(scope="session")

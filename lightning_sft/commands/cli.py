@@ -133,7 +133,7 @@ def _run_function(name: str, function: Any, arguments: list[str]) -> int:
         config = parser.parse_args(_write_out_flags(function, arguments))
     except ArgumentError as error:
         raise InputError(f"{name}: {explain(str(error), option_names(parser))}") from None
-    settings = parser.instantiate_classes(config)
+    settings = parser.instantiate(config)
     settings.pop("config", None)
     return function(**settings) or 0
 

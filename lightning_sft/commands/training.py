@@ -41,7 +41,9 @@ from lightning_sft.training.lightning_internals import (
 )
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.response_writer import ResponseWriter
-from lightning_sft.training.signals import die_with_parent
+from lightning_sft.training.signals import die_with
+
+LAUNCHER_VARIABLE = "LIGHTNING_SFT_LAUNCHER"  # whose death is to be that of its ranks
 
 
 def run_training(subcommand: str, arguments: list[str]) -> int:
@@ -80,8 +82,9 @@ def measure_validation(arguments: list[str]) -> tuple[Path | None, dict[str, Any
 def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
     quieten()
     known = os.environ.get(RUN_FOLDER_VARIABLE)
-    if known is not None:
-        die_with_parent()  # a rank that Lightning started
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is not None:  # this is a rank that Lightning started
+        die_with(int(launcher))
     arguments = allow_imports(arguments)
     paths = option_values(arguments, *CONFIG)
     arguments = use_checkpoint_config(arguments)
@@ -90,6 +93,7 @@ def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
     settings: dict[str, Any] = {"exit_on_error": False, "default_env": False}
     settings |= {"allow_abbrev": False, "prog": f"{PROGRAM} {subcommand}"}
     try:
+        os.environ.setdefault(LAUNCHER_VARIABLE, str(os.getpid()))
         with command_line([subcommand, *arguments]), RunClaim() as claim:
             return SFTCLI(
                 SFTModule,
@@ -117,6 +121,8 @@ def _run(subcommand: str, arguments: list[str]) -> SFTCLI:
     finally:
         if known is None:
             os.environ.pop(RUN_FOLDER_VARIABLE, None)
+        if launcher is None:
+            os.environ.pop(LAUNCHER_VARIABLE, None)
 
 
 def use_checkpoint_config(arguments: list[str]) -> list[str]:

@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 
+from lightning_sft.data.counting import BatchShape
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.lora import LoRALinear, add_lora
 from lightning_sft.models.ready import find_device
 from lightning_sft.models.registry import family_of
-from lightning_sft.planning.outlook import BatchShape
 from lightning_sft.training.loss import count_chunk_positions
 from lightning_sft.training.module import SFTModule
 

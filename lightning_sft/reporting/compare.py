@@ -151,7 +151,7 @@ def compare_two(first: RunAnswers, second: RunAnswers, judge: str | None) -> dic
     Args:
         judge: Whose scores to use (`summary.judge_id`); None leaves scores out.
     """
-    columns: dict[str, tuple[list, list]] = {}
+    columns: dict[str, tuple[list[Any], list[Any]]] = {}
     if judge:
         scored = [
             [row["score"] for row in answer_scores(run.responses, run.records, judge)]
@@ -186,7 +186,7 @@ def compare_two(first: RunAnswers, second: RunAnswers, judge: str | None) -> dic
     }
 
 
-def _difference(name: str, first: list, second: list) -> dict[str, Any] | None:
+def _difference(name: str, first: list[Any], second: list[Any]) -> dict[str, Any] | None:
     """Means and their paired difference over the entries that have both values."""
     both = _both(first, second)
     if not both:

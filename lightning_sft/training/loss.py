@@ -59,7 +59,7 @@ def sum_cross_entropy(
         lefts, rights = [hidden, low], [weight, lora_b]
     factors = [*lefts, *rights]
     with_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-    return _SumCrossEntropy.apply(targets[order], places[order], with_grad, *factors)
+    return _SumCrossEntropy.apply(targets[order], places[order], with_grad, *factors)  # type: ignore[no-untyped-call]
 
 
 class _SumCrossEntropy(torch.autograd.Function):

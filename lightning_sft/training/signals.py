@@ -104,16 +104,19 @@ def _leave(signum: int, message: str) -> None:
     os._exit(128 + signum)
 
 
-def die_with_parent() -> None:
+def die_with(launcher: int) -> None:
     """End this process soon after the one that started it: no rank outlives a killed rank 0.
 
     While ranks talk to each other they notice a death by themselves; one that still waits for the
     others to appear would wait for half an hour.
+
+    Args:
+        launcher: The id of that process. Not asked for here: it may have died meanwhile, and its
+            child have been given to another.
     """
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == launcher:
             time.sleep(1.0)
         os._exit(3)
 

@@ -484,6 +484,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("command", "examples"), [("inspect", 60), ("plan", 20)])
 def test_no_config_gives_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, examples: int

@@ -25,6 +25,8 @@ import yaml
 from lightning_sft import GPTConfig, GPTModel
 from support.runs import TINY, load, newest_checkpoint, run, write_config, write_data
 
+pytestmark = pytest.mark.process  # what is live starts processes; a corpus of commands takes long
+
 
 @pytest.fixture(autouse=True)
 def _quiet_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:

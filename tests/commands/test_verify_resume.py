@@ -43,6 +43,7 @@ def test_one_that_does_not_go_on_exactly_is_found_out(tmp_path: Path) -> None:
     assert "error: verify-resume: the resumed run differs in state_dict; optimizer_states;" in err
 
 
+@pytest.mark.usefixtures("forked_commands")
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

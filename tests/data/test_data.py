@@ -603,6 +603,7 @@ def test_more_than_the_entries_in_a_batch(write_entries):
     assert [len(batch["index"]) for batch in data.train_dataloader()] == [17]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_make_the_same_batches(write_entries, num_workers):
     data = InstructionDataModule(

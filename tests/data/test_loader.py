@@ -60,6 +60,7 @@ def test_the_order_is_torchs(num_rows, seed):
         assert [epoch_order(num_rows, seed, epoch)] == list(theirs)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("seed", [0, 123])
 def test_the_order_is_that_of_a_shuffling_dataloader(seed, num_workers):
@@ -87,6 +88,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert first not in others
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batching_leaves_the_global_generator_alone(num_workers):
     loaders = [
@@ -231,6 +233,7 @@ def test_step_targets_of_an_even_example():
 # --- Resume ---
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 1, 3, 5])
 def test_a_loader_goes_on_in_the_middle_of_an_epoch(taken, num_workers):

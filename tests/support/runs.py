@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from lightning_sft.__main__ import main
+from support import fork_server
 
 TINY = {"emb_dim": 32, "n_heads": 4, "n_layers": 2, "context_length": 128, "drop_rate": 0.0}
 
@@ -73,9 +74,30 @@ def run(*arguments: Any) -> int:
     return main([str(argument) for argument in arguments])
 
 
-def spawn(*arguments: Any, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start a command in a process of its own, on one thread."""
-    return subprocess.Popen(
+def command_popen() -> type[subprocess.Popen[str]]:
+    """What starts commands quickly here: `subprocess.Popen`, or one like it."""
+    if not fork_server.IS_POSSIBLE:
+        return subprocess.Popen
+    popen = fork_server.ForkedPopen
+    if not hasattr(popen, "server"):
+        popen.server = fork_server.ForkServer.launch()
+    return popen
+
+
+def spawn(
+    *arguments: Any, cwd: Path, forked: bool = True, **environment: str
+) -> subprocess.Popen[str]:
+    """Start a command in a process of its own, on one thread.
+
+    Args:
+        arguments: Of the command line.
+        cwd: Its folder.
+        forked: From a process that has imported everything, where that is possible; else a new
+            Python. See `fork_server` for the difference.
+        environment: Variables on top of this process's own.
+    """
+    popen = command_popen() if forked else subprocess.Popen
+    return popen(
         [sys.executable, "-m", "lightning_sft", *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -85,9 +107,9 @@ def spawn(*arguments: Any, cwd: Path, **environment: str) -> subprocess.Popen[st
     )
 
 
-def run_apart(*arguments: Any, cwd: Path, **environment: str) -> tuple[int, str, str]:
+def run_apart(*arguments: Any, cwd: Path, **options: Any) -> tuple[int, str, str]:
     """Run a command in a process of its own: exit code, stdout, stderr."""
-    process = spawn(*arguments, cwd=cwd, **environment)
+    process = spawn(*arguments, cwd=cwd, **options)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 

@@ -103,7 +103,7 @@ def test_validation_on_two_ranks_counts_no_row_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", ["child", "parent"])
 def test_a_dead_rank_takes_the_run_down_and_leaves_no_orphan(tmp_path: Path, victim: str) -> None:
     config = write_config(tmp_path, data__batch_size=1, trainer__max_epochs=50)
-    process = spawn("fit", "--config", config, *TWO, cwd=tmp_path)
+    process = spawn("fit", "--config", config, *TWO, cwd=tmp_path, forked=False)
     assert process.stdout is not None
     for line in process.stdout:
         if "(Step 000005)" in line:

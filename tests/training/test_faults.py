@@ -68,8 +68,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path
             pytest.skip("root needs setpriv (util-linux) to be refused anything")
         command = ["setpriv", "--bounding-set=-dac_override", *command]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert "Permission denied" in done.stderr
     assert "Step 000000" not in done.stdout
@@ -156,7 +157,7 @@ def test_two_ranks_resume_to_the_bit(tmp_path: Path) -> None:
 def test_a_rank_does_not_wait_for_one_that_was_killed_while_starting(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    process = spawn("fit", "--config", config, *two, cwd=tmp_path)
+    process = spawn("fit", "--config", config, *two, cwd=tmp_path, forked=False)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_until(lambda: children.read_text().split(), process)
     rank = Path("/proc", children.read_text().split()[0])
@@ -187,7 +188,7 @@ def test_predict_goes_on_where_it_was_stopped(tmp_path: Path, signum: signal.Sig
     expected = target.read_bytes()
     target.unlink()
 
-    process = spawn(*command, cwd=tmp_path)
+    process = spawn(*command, cwd=tmp_path, forked=signum != signal.SIGKILL)
     part = target.parent / "responses.part-0.jsonl"
     wait_until(lambda: part.exists() and part.read_bytes().count(b"\n") >= 3, process)
     process.send_signal(signum)

@@ -41,7 +41,7 @@ def test_a_signal_saves_and_the_printed_command_finishes_the_run(
     tmp_path: Path, signum: signal.Signals
 ) -> None:
     config = slow_config(tmp_path)
-    process = spawn("fit", "--config", config, cwd=tmp_path)
+    process = spawn("fit", "--config", config, cwd=tmp_path, forked=signum != signal.SIGTERM)
     wait_for(process, "(Step 000004)")
     process.send_signal(signum)
     _, err = process.communicate(timeout=120)
