@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_sft.data.batching import collate
     from lightning_sft.data.datamodule import InstructionDataModule
-    from lightning_sft.data.entries import read_entries, split_entries
-    from lightning_sft.decoding.generation import generate
+    from lightning_sft.data.entries import Entry, read_entries, split_entries
+    from lightning_sft.decoding.answering import AnsweringModel, load_model
+    from lightning_sft.decoding.generation import GenerationConfig, generate
     from lightning_sft.models.cache import KVCache
     from lightning_sft.models.gpt2 import GPTConfig, GPTModel
     from lightning_sft.models.loading import load_pretrained
+    from lightning_sft.training.callbacks import LossCurve, SampleResponses
+    from lightning_sft.training.checkpoint import FinalWeights
     from lightning_sft.training.loggers import RunFolder
     from lightning_sft.training.module import SFTModule
     from lightning_sft.training.schedule import WarmupCosine
@@ -25,22 +28,36 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnsweringModel",
+    "Entry",
+    "FinalWeights",
     "GPTConfig",
     "GPTModel",
+    "GenerationConfig",
     "InstructionDataModule",
     "KVCache",
+    "LossCurve",
     "RunFolder",
     "SFTModule",
+    "SampleResponses",
     "ShardedStrategy",
     "WarmupCosine",
     "collate",
     "generate",
+    "load_model",
     "load_pretrained",
     "read_entries",
     "split_entries",
 ]
 
 _OWNERS = {
+    "AnsweringModel": "decoding.answering",
+    "Entry": "data.entries",
+    "FinalWeights": "training.checkpoint",
+    "GenerationConfig": "decoding.generation",
+    "LossCurve": "training.callbacks",
+    "SampleResponses": "training.callbacks",
+    "load_model": "decoding.answering",
     "GPTConfig": "models.gpt2",
     "GPTModel": "models.gpt2",
     "InstructionDataModule": "data.datamodule",

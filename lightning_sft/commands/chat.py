@@ -10,20 +10,15 @@ at the prompt, Ctrl-C, Ctrl-D and `/quit` end the talk. From a pipe, every line 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
-from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import Tokenizer
-from lightning_sft.decoding.answer_text import AnswerText
-from lightning_sft.decoding.generation import GenerationConfig, decode
-from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.models.ready import choose_device, load_for_answers
-from lightning_sft.models.tokenizers import tokenizer_of
-from lightning_sft.runs.run_folder import checkpoint_in
+from lightning_sft.decoding.answering import load_model
+from lightning_sft.decoding.settings import GenerationConfig
 
 DEFAULTS = GenerationConfig()
 QUIT = ("/quit", "/exit")
@@ -53,17 +48,21 @@ def chat(
         weights: Where the base of a LoRA checkpoint is now, if it was moved.
         device: auto, cpu, cuda or mps.
     """
-    path = str(checkpoint_in(ckpt_path))
-    model, style = load_for_answers(path, architecture, prompt_style, header_in_prompt, weights)
-    model.to(choose_device(device))
-    tokenizer = tokenizer_of(model)
+    model = load_model(
+        ckpt_path,
+        device=device,
+        architecture=architecture,
+        prompt_style=prompt_style,
+        header_in_prompt=header_in_prompt,
+        weights=weights,
+    )
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         sends = "an empty line sends" if multiline else "Enter sends, \\ before it goes on"
         print(f"Type an instruction; {sends}. A line 'Input:' begins an input. /quit ends.")
     for entry in read_typed(multiline) if at_terminal else read_piped():
         try:
-            for piece in stream_answer(model, entry, style, tokenizer, generation):
+            for piece in model.stream(entry, **dataclasses.asdict(generation)):
                 print(piece, end="", flush=True)
         except (InputError, KeyboardInterrupt) as reason:
             if not at_terminal:
@@ -71,26 +70,6 @@ def chat(
             # An instruction that is too long, or Ctrl-C: the end of this answer, not of the talk.
             print(reason, end="")
         print("\n", flush=True)
-
-
-def stream_answer(
-    model: GPTModel,
-    entry: Entry,
-    style: PromptStyle,
-    tokenizer: Tokenizer,
-    generation: GenerationConfig,
-) -> Iterator[str]:
-    """Pieces of the answer's text as soon as they are certain; joined they are `extract`'s text.
-
-    The steps of `decode`, through `AnswerText`.
-    """
-    text = AnswerText(style)
-    prompt = tokenizer.encode(style.prompt(entry))
-    for step in decode(model, [prompt], generation, eos_token_id=tokenizer.eos_token_id):
-        for _, token in step:
-            piece = text.finish() if token is None else text.add(tokenizer.token_bytes(token))
-            if piece:
-                yield piece
 
 
 def read_piped() -> Iterator[Entry]:

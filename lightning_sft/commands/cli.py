@@ -39,7 +39,9 @@ TRAINING = {
     "predict": "answer the test split",
 }
 COMMANDS = {
-    "compare": Command("reporting.compare", "compare", "weigh the answers of two or more runs"),
+    "compare": Command(
+        "reporting.compare", "compare_answers", "weigh the answers of two or more runs"
+    ),
     "evaluate": Command("evaluating.evaluate", "evaluate", "run lm-eval's tasks on a model"),
     "export": Command(
         "exporting.export", "export", "write a model for transformers, llama.cpp or the book"
@@ -57,7 +59,9 @@ COMMANDS = {
         "commands.verify_resume", "verify_resume", "show that a killed run goes on exactly", True
     ),
     "report": Command("reporting.report", "report", "make report.html of a run folder"),
-    "score": Command("judging.score", "score", "have another model rate answers from 0 to 100"),
+    "score": Command(
+        "judging.score", "score_responses", "have another model rate answers from 0 to 100"
+    ),
     "chat": Command("commands.chat", "chat", "answer instructions typed at a terminal"),
     "serve": Command("serving.serve", "serve", "answer over OpenAI's API, with a page to talk to"),
     "download": Command("models.files", "download_command", "fetch GPT-2's weights for later"),

@@ -16,7 +16,7 @@ from lightning_sft.common.pages import build_page
 from lightning_sft.judging.metrics import METRICS, TITLES, measure
 from lightning_sft.judging.summary import SCORES_NAME, read_scores, summarize
 from lightning_sft.reporting import pages
-from lightning_sft.reporting.compare import compare
+from lightning_sft.reporting.compare import compare_answers
 from lightning_sft.reporting.compare_page import describe_comparison
 from lightning_sft.runs.responses import Response, read_responses
 
@@ -61,7 +61,7 @@ def summarize_recipes(folder: Path, runs: Mapping[str, Path | None]) -> str:
     ]
     differences = None
     if len(alike) > 1:
-        compare([runs[name] or folder for name in alike], output=folder / "comparison")
+        compare_answers([runs[name] or folder for name in alike], output=folder / "comparison")
         differences = files.read_json(folder / "comparison" / "comparison.json")
     record = {"recipes": found, "notes": notes, "comparison": differences}
     files.write_json(folder / "recipes.json", record)

@@ -88,6 +88,22 @@ def check_answers(counts: SplitCounts, config: DataConfig, where: str) -> None:
         )
 
 
+def describe_training(
+    train: SplitCounts, val: SplitCounts, num_test: int, config: DataConfig
+) -> list[str]:
+    """The three lines that `fit` opens with: entries, tokens, and rows that are too long."""
+    what = {"truncate": "cut to", "drop": "left out as over", "error": "over"}[config.overlong]
+    return [
+        f"data: {train.entries:,} training, {val.entries:,} validation and {num_test:,} test "
+        "entries",
+        f"tokens: {train.tokens:,} of training, {train.supervised:,} of them supervised; "
+        f"{val.tokens:,} of validation, {val.supervised:,} supervised",
+        f"rows: {len(train.overlong)} of training and {len(val.overlong)} of validation are "
+        f"{what} {config.max_length:,} tokens; {len(train.answerless)} and {len(val.answerless)} "
+        "of them end before their answer begins",
+    ]
+
+
 class BatchShape(NamedTuple):
     """Size of a batch: `tokens` are computed, spread over `rows` rows of `width` in attention."""
 

@@ -10,6 +10,7 @@ same three loaders.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ import lightning as L
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import BatchMaker, collate_prompts
 from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
-from lightning_sft.data.counting import SplitCounts, check_answers, count_split
+from lightning_sft.data.counting import SplitCounts, check_answers, count_split, describe_training
 from lightning_sft.data.entries import Entry, Splits, local_path
 from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader
 from lightning_sft.data.order import epoch_order
@@ -25,6 +26,8 @@ from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.rows import TokenRows, fit_to_length
 from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
+
+WORKERS_PER_PROCESSOR = 16  # more than this is a slip of the finger, and would fill the machine
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -63,6 +66,7 @@ class InstructionDataModule(L.LightningDataModule):
         self.tokenizer: Tokenizer = gpt2_tokenizer()
         self.answered: frozenset[int] = frozenset()  # entries that `predict` need not answer again
         self._data: DataSet | None = None
+        self._opens_fit = False
         # Splits are tokenized when first asked for: `test` in a run that only trains, never.
         self._rows: dict[str, TokenRows] = {}
         self._counts: dict[str, SplitCounts] = {}
@@ -123,13 +127,23 @@ class InstructionDataModule(L.LightningDataModule):
         """Read and cut the entries. `fit` also tokenizes, and says what it will train on.
 
         Raises:
-            InputError: The data is wrong, or teaches no answers.
+            InputError: The data is wrong, or teaches no answers, or there are far more workers
+                than processors.
         """
+        most = WORKERS_PER_PROCESSOR * (os.cpu_count() or 1)
+        if stage is not None and self.config.num_workers > most:
+            raise InputError(
+                f"data.num_workers: {self.config.num_workers} is more than {most}, which is "
+                f"{WORKERS_PER_PROCESSOR} for each processor of this machine"
+            )
         if self._data is None:
             self._data = self.config.read(require_output=stage != "predict")
             self._say(*describe_skipped(self._data.skipped))
+        if stage is not None:
+            self._opens_fit = stage == "fit"
         if stage == "fit":
-            self._say(*self._describe())
+            counts = self.count("train"), self.count("val")
+            self._say(*describe_training(*counts, len(self.split("test")), self.config))
 
     @property
     def entries(self) -> Splits:
@@ -160,6 +174,11 @@ class InstructionDataModule(L.LightningDataModule):
             )
             self._counts[split] = count_split(rows, config, self.style, self.tokenizer)
             check_answers(self._counts[split], config, where)
+            too_long = len(self._counts[split].overlong)
+            if too_long and not self._opens_fit:  # there the opening lines say so
+                cut = f"cut to {config.max_length} tokens"
+                what = "left out" if config.overlong == "drop" else cut
+                self._say(f"{where}: {too_long} of {len(rows)} entries are {what}")
         return self._rows[split]
 
     def count(self, split: str) -> SplitCounts:
@@ -235,21 +254,6 @@ class InstructionDataModule(L.LightningDataModule):
             "world_size": trainer.world_size,
             "pin_memory": on_cuda,
         }
-
-    def _describe(self) -> list[str]:
-        """Three lines: entries of each split; tokens; rows that are cut."""
-        train, val = self.count("train"), self.count("val")
-        policy = {"truncate": "cut to", "drop": "left out as over", "error": "over"}
-        what = policy[self.config.overlong]
-        return [
-            f"data: {train.entries:,} training, {val.entries:,} validation and "
-            f"{len(self.split('test')):,} test entries",
-            f"tokens: {train.tokens:,} of training, {train.supervised:,} of them supervised; "
-            f"{val.tokens:,} of validation, {val.supervised:,} supervised",
-            f"rows: {len(train.overlong)} of training and {len(val.overlong)} of validation are "
-            f"{what} {self.config.max_length:,} tokens; {len(train.answerless)} and "
-            f"{len(val.answerless)} of them end before their answer begins",
-        ]
 
     def _say(self, *lines: str) -> None:
         """Print, on one of the processes of a run."""

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_sft.common import files
+from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.rows import TokenRows, tokenize
@@ -76,7 +77,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         digests = files.read_json(folder / "done", files.MOST_SMALL)["sha256"]
         return all(files.sha256_of(_path(folder, name)) == digests[name] for name in ARRAYS)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, OSError, KeyError, TypeError):
         return False  # not there, not finished, or of a version that kept no digests
 
 

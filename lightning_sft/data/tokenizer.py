@@ -39,7 +39,7 @@ _SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer; `token_bytes` only where text is shown as it is written."""
+    """What the data path needs of a tokenizer."""
 
     @property
     def name(self) -> str: ...
@@ -112,16 +112,20 @@ def read_vocabulary_file(name: str) -> bytes:
     return content
 
 
-def _read_ranks() -> dict[bytes, int]:
-    """GPT-2's tokens as bytes, with their ids, which are also their merge ranks.
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary, with the byte.
 
-    `encoder.json` spells every byte as a printable character: bytes that print stand for
-    themselves, the other 68 for the characters from U+0100 on, in order.
+    Bytes that print stand for themselves, the other 68 for the characters from U+0100 on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(0x100) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + rank): byte for rank, byte in enumerate(unprintable)}
+    return byte_of | {chr(0x100 + rank): byte for rank, byte in enumerate(unprintable)}
+
+
+def _read_ranks() -> dict[bytes, int]:
+    """GPT-2's tokens as bytes, with their ids, which are also their merge ranks."""
+    byte_of = byte_alphabet()
     vocabulary = json.loads(read_vocabulary_file("encoder.json"))
     vocabulary.pop("<|endoftext|>")
     return {bytes(map(byte_of.__getitem__, token)): rank for token, rank in vocabulary.items()}

@@ -25,7 +25,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.models.tokenizers import tokenizer_of
+from lightning_sft.models.registry import family_of
 
 __all__ = [
     "GenerationConfig",
@@ -70,7 +70,8 @@ def generate(
     """
     config = GenerationConfig(max_new_tokens, temperature, top_k, top_p, batch_size, seed)
     check_prompts(prompts, model.config.context_length)
-    eos = tokenizer_of(model).eos_token_id if eos_token_id == "own" else eos_token_id
+    own = family_of(model.config).tokenizer().eos_token_id
+    eos = own if eos_token_id == "own" else eos_token_id
     answers: list[list[int]] = [[] for _ in prompts]
     # Rows of one batch attend over as many places as the longest has: equal lengths waste least.
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))

@@ -21,7 +21,7 @@ from typing import Any
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.data.entries import read_entries, read_records
-from lightning_sft.runs.evaluation_file import EVALUATION_NAME, merge
+from lightning_sft.runs.evaluation_file import EVALUATION_NAME, add_rows
 from lightning_sft.runs.responses import responses_path
 from lightning_sft.runs.run_folder import checkpoint_in
 
@@ -84,25 +84,29 @@ def evaluate(
     if batch_size < 1:
         raise InputError(f"batch_size: {batch_size} is not allowed; it must be >= 1")
     # Imported here: a refusal, and AlpacaEval's file, need no torch.
+    from lightning_sft.decoding.answering import load_model
     from lightning_sft.evaluating.lm_eval_model import EvalModel
     from lightning_sft.models.origin import read_origin
-    from lightning_sft.models.ready import choose_device, load_for_answers
-    from lightning_sft.models.tokenizers import tokenizer_of
 
     path = str(checkpoint_in(ckpt_path))
     manager = _find_tasks(names, include_path)
     origin = read_origin(path)
-    model, style = load_for_answers(path, architecture, prompt_style, header_in_prompt, weights)
-    model.to(choose_device(device))
+    model = load_model(
+        path,
+        device=device,
+        architecture=architecture,
+        prompt_style=prompt_style,
+        header_in_prompt=header_in_prompt,
+        weights=weights,
+    )
     asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": apply_chat_template}
-    rated = EvalModel(model, style, tokenizer_of(model), batch_size)
-    found = _run_tasks(rated, names, manager, **asked)
+    found = _run_tasks(EvalModel(model, batch_size), names, manager, **asked)
 
     step = f", step {origin.step}" if origin.step is not None else ""
     same = {"chat_template": apply_chat_template, "limit": limit}
     rows = [{"model": origin.name + step} | row | same for row in result_rows(found)]
     target = Path(output or (origin.run or Path()) / EVALUATION_NAME).expanduser()
-    files.write_json(target, merge(target, rows))
+    files.write_json(target, add_rows(target, rows))
     for row in rows:
         error = f" ± {row['stderr']:.4f}" if row["stderr"] is not None else ""
         print(f"  {row['task']:<28} {row['metric']:<16} {row['value']:.4f}{error}")

@@ -19,11 +19,9 @@ from tqdm import tqdm
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.chat_template import jinja_template
-from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import Tokenizer
+from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.evaluating.likelihood import Progress, Request, generate_until, loglikelihoods
-from lightning_sft.models.gpt2 import GPTModel
 
 DEFAULT_NEW_TOKENS = 256  # as of lm-eval's hf model
 
@@ -32,17 +30,14 @@ class EvalModel(TemplateLM):
     """Answers lm-eval's three questions with a `GPTModel`.
 
     Args:
-        style: For tasks that are asked through the chat template.
-        tokenizer: The model's.
+        model: Its style is for tasks that are asked through the chat template.
         batch_size: Requests computed side by side.
     """
 
-    def __init__(
-        self, model: GPTModel, style: PromptStyle, tokenizer: Tokenizer, batch_size: int = 16
-    ) -> None:
+    def __init__(self, model: AnsweringModel, batch_size: int = 16) -> None:
         super().__init__()
-        self.model, self.style, self.batch_size = model, style, batch_size
-        self.bpe = tokenizer  # under `tokenizer`, lm-eval expects one of transformers
+        self.model, self.style, self.batch_size = model.model, model.style, batch_size
+        self.bpe = model.tokenizer  # under `tokenizer`, lm-eval expects one of transformers
 
     @property
     def eot_token_id(self) -> int:

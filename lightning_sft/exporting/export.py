@@ -34,6 +34,7 @@ from lightning_sft.models.origin import Origin, read_origin
 from lightning_sft.models.ready import load_for_answers
 from lightning_sft.models.registry import model_name
 from lightning_sft.models.tensor_files import EXPORT_MARK
+from lightning_sft.runs.run_folder import checkpoint_in
 
 Format = Literal["pth", "hf", "gguf"]
 MARK = EXPORT_MARK  # says that a folder is an export, and of which files it consists
@@ -69,8 +70,8 @@ def export(
     """Write a trained model for other programs.
 
     Args:
-        ckpt_path: A checkpoint, or weights (.pth, .safetensors, folder, or a name such as
-            gpt2-medium), which also need an architecture.
+        ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
+            such as gpt2-medium), which also need an architecture.
         format: pth (the book's code), hf (transformers) or gguf (llama.cpp).
         out: The folder to make; an earlier export in it is replaced.
         verify: Load the export again and compare its greedy tokens and logits with the model's.
@@ -90,6 +91,7 @@ def export(
         load_gguf()  # not after a minute's work
     elif gguf_type != "f32":
         raise InputError(f"export: --gguf_type {gguf_type} is for --format gguf only")
+    ckpt_path = str(checkpoint_in(ckpt_path))
     origin = read_origin(ckpt_path)
     model, style = load_for_answers(
         ckpt_path, architecture, prompt_style, header_in_prompt, weights
@@ -189,6 +191,13 @@ def _remove(old: Path) -> None:
             print(f"note: {old} is kept, as it holds what is not of the older export")
 
 
+def _generation(origin: Origin) -> GenerationConfig:
+    try:
+        return GenerationConfig(**origin.generation)
+    except TypeError as error:
+        raise InputError(f"{origin.name}: its generation settings are none ({error})") from None
+
+
 def _write(
     model: GPTModel,
     style: PromptStyle,
@@ -199,15 +208,13 @@ def _write(
 ) -> str:
     """Write the format's own files; the name of the one with the weights."""
     if format == "hf":
-        write_hf(model, style, GenerationConfig(**origin.generation), folder)
+        write_hf(model, style, _generation(origin), folder)
         return "model.safetensors"
     if format == "gguf":
         file = f"{origin.name}-{gguf_type}.gguf"
         write_gguf(model, style, origin.name, folder / file, gguf_type)
         with files.atomic_write(folder / "Modelfile") as recipe:
-            recipe.write(
-                modelfile(style, model.config, GenerationConfig(**origin.generation), file)
-            )
+            recipe.write(modelfile(style, model.config, _generation(origin), file))
         return file
     file = f"{model_name(model.config)}-sft.pth"
     with files.atomic_write(folder / file, "wb") as weights:

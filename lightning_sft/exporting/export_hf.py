@@ -87,6 +87,9 @@ def generation_config(generation: GenerationConfig, context_length: int) -> dict
 def write_safetensors(model: GPTModel, path: Path) -> None:
     """Write the weights under Hugging Face's names, one tensor at a time.
 
+    The library's own writer wants all of them at once, transposed: gpt2-small then takes 1.26 GB in
+    place of 0.90, and a large model twice itself.
+
     The file: eight bytes with the header's length, the header (JSON: each tensor's type, shape and
     place), then the tensors' bytes end to end.
     """

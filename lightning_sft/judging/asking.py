@@ -45,7 +45,7 @@ class Question(NamedTuple):
         return _sha256(json.dumps(parts, sort_keys=True))[:32]
 
 
-class Form(NamedTuple):
+class ReplyFormat(NamedTuple):
     """What every reply to a set of questions should be like, and how it is read."""
 
     name: str
@@ -67,7 +67,7 @@ def is_answered(record: Record) -> bool:
 
 
 def ask_all(
-    config: JudgeConfig, questions: Sequence[Question], form: Form, path: Path
+    config: JudgeConfig, questions: Sequence[Question], wanted: ReplyFormat, path: Path
 ) -> dict[str, Record]:
     """Ask what `path` does not answer yet, appending every reply to it.
 
@@ -89,18 +89,22 @@ def ask_all(
         probe(judge)
     with _only_writer(path):
         # Read again: a run that ended since may have answered them.
-        return _ask_missing(judge, questions, form, path, read_answered(path))
+        return _ask_missing(judge, questions, wanted, path, read_answered(path))
 
 
 def _ask_missing(
-    judge: Judge, questions: Sequence[Question], form: Form, path: Path, records: dict[str, Record]
+    judge: Judge,
+    questions: Sequence[Question],
+    wanted: ReplyFormat,
+    path: Path,
+    records: dict[str, Record],
 ) -> dict[str, Record]:
     from tqdm import tqdm
 
     writing = threading.Lock()
 
     def answer(question: Question) -> Record:
-        record = _ask_one(judge, question, form)
+        record = _ask_one(judge, question, wanted)
         # Written by the thread that got the reply, so that a kill has little time to come between.
         with writing:
             files.append_line(path, json.dumps(record, ensure_ascii=False))
@@ -128,20 +132,20 @@ def _ask_missing(
     return records
 
 
-def _ask_one(judge: Judge, question: Question, form: Form) -> Record:
+def _ask_one(judge: Judge, question: Question, wanted: ReplyFormat) -> Record:
     if judge.stopped.is_set():
         raise ServiceError("stopped")  # by a failure before, which is the one that is reported
     if "score" in question.about:  # decided by rule, without asking
         verdict = Verdict(question.about["score"], question.about["reason"])
-        return _record(judge.config, question, None, verdict, form.name)
+        return _record(judge.config, question, None, verdict, wanted.name)
     try:
-        reply = judge.ask(question.prompt, form.schema, question.seed)
+        reply = judge.ask(question.prompt, wanted.schema, question.seed)
     except ServiceError:
         judge.stopped.set()
         raise
     failed = reply.reason or reply.text is None
-    verdict = Verdict(None, reply.reason) if failed else form.read(reply.text or "")
-    return _record(judge.config, question, reply, verdict, form.name)
+    verdict = Verdict(None, reply.reason) if failed else wanted.read(reply.text or "")
+    return _record(judge.config, question, reply, verdict, wanted.name)
 
 
 def _record(

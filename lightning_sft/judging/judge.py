@@ -41,8 +41,8 @@ class JudgeConfig:
         seed: First seed; repeats take the following ones.
         num_ctx: Context that Ollama gives the judge, in tokens.
         max_tokens: Longest reply, in tokens; null asks for no limit.
-        json_schema: Ask the server to hold the reply to a JSON schema, where it can. False sends
-            what the chapter sends.
+        json_schema: Ask the server to hold the reply to a JSON schema, where it can. False, with
+            max_tokens null, asks as the chapter does: same prompt, same options.
         stream: Take the reply piece by piece.
         timeout: Longest wait for one whole reply, in seconds.
         retries: How often a request that failed on the way is sent again.

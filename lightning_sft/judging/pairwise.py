@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_sft.judging.asking import Form, Question, ask_all
+from lightning_sft.judging.asking import Question, ReplyFormat, ask_all
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import PLACEHOLDER, Verdict, question_of
 from lightning_sft.runs.responses import Response
@@ -74,7 +74,7 @@ def judge_pairs(
         for index, (a, b) in enumerate(pairs)
     ]
     asked = [question for both in questions for question in both]
-    records = ask_all(config, asked, Form("pairwise", SCHEMA, parse_choice), path)
+    records = ask_all(config, asked, ReplyFormat("pairwise", SCHEMA, parse_choice), path)
 
     def choice(question: Question) -> str | None:
         return records[question.key(config)]["score"]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
 from lightning_sft.data.entries import read_records
-from lightning_sft.judging.asking import Form, Question, Record, ask_all
+from lightning_sft.judging.asking import Question, Record, ReplyFormat, ask_all
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import JudgePrompt, load_prompt, parse_reply
 from lightning_sft.judging.significance import correlate, correlate_with_gap
@@ -37,7 +37,7 @@ from lightning_sft.runs.responses import Response, as_list, read_responses, resp
 EMPTY_RULE = "empty response: the lowest score by rule"
 
 
-def score(
+def score_responses(
     responses: Path,
     judge: JudgeConfig = JudgeConfig(),  # noqa: B008 - frozen
     output: Path | None = None,
@@ -71,9 +71,9 @@ def score(
     prompt = load_prompt(judge.prompt, judge.low, judge.high)
     others = [(str(name), _read_reference(name, answers)) for name in as_list(references)]
     questions = plan_questions(answers, prompt, judge.seed, controls, repeats)
-    form = Form(prompt.name, prompt.schema(), lambda reply: parse_reply(reply, prompt))
+    wanted = ReplyFormat(prompt.name, prompt.schema(), lambda reply: parse_reply(reply, prompt))
     try:
-        ask_all(judge, questions, form, path)
+        ask_all(judge, questions, wanted, path)
     except ServiceError as error:
         kept = f"; {path} keeps what was scored, the same command goes on from there"
         raise ServiceError(f"{error}{kept if path.exists() else ''}") from None

@@ -25,10 +25,17 @@ from lightning_sft.judging.significance import bootstrap_mean, correlate, sign_t
 from lightning_sft.runs.responses import Response
 
 SCORES_NAME = "scores.jsonl"
-FIELDS = (
-    *("index", "kind", "repeat", "instruction", "input", "output", "response", "scale"),
-    *("score", "reason", "reply", "judge", "options", "prompt", "seconds", "key"),
-)
+# What `score` writes into each record, and of which type; a score that is missing is None.
+FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("index", "repeat"), (int,)),
+    **dict.fromkeys(("instruction", "input", "output", "response"), (str,)),
+    **dict.fromkeys(("kind", "prompt", "key"), (str,)),
+    **dict.fromkeys(("reason", "reply"), (str, type(None))),
+    **dict.fromkeys(("judge", "options"), (dict,)),
+    "score": (int, float, type(None)),
+    "scale": (list,),
+    "seconds": (int, float),
+}
 CONTROLS = {
     "reference": "the wanted answer itself",
     "empty": "an empty answer",
@@ -44,7 +51,7 @@ def read_scores(path: str | Path) -> list[Record]:
     An answered record is never replaced by a later failure.
 
     Raises:
-        InputError: A record lacks a field that `score` writes.
+        InputError: A record lacks a field that `score` writes, or has it as another type.
     """
     path = Path(path)
     newest: dict[str, Record] = {}
@@ -52,6 +59,11 @@ def read_scores(path: str | Path) -> list[Record]:
         lacking = [field for field in FIELDS if field not in record]
         if lacking:
             raise InputError(f"{path}: record {number} has no {lacking[0]!r}; `score` writes one")
+        wrong = [field for field, types in FIELDS.items() if not isinstance(record[field], types)]
+        if wrong or [type(edge) for edge in record["scale"]] != [int, int]:
+            raise InputError(
+                f"{path}: record {number}: {(wrong or ['scale'])[0]!r} is not what `score` writes"
+            )
         key = record["key"]
         if is_answered(record) or not is_answered(newest.get(key, {})):
             newest.pop(key, None)  # so that dict order is the order of the newest lines

@@ -60,6 +60,7 @@ class KVCache:
 
         Only rows that change place are copied, and only what is in use of them.
         """
+        # The tokens of a row stay where they are; only whole rows change place.
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
         longest = int(self.lengths[rows].max())
         for stored in (self.keys, self.values):
@@ -105,10 +106,11 @@ class KVCache:
         end = self.longest + num_new
         if end > self.keys.shape[3]:
             raise ValueError(f"KVCache of {self.keys.shape[3]} tokens a row cannot hold {end}")
-        if self.longest == 0:
+        if self.longest == 0:  # a first prompt: one block for all rows, without an index
             self.keys[layer, :, :, :num_new] = keys
             self.values[layer, :, :, :num_new] = values
         else:
+            # Rows end at different places, so each new token has a place of its own.
             rows = torch.arange(keys.shape[0], device=keys.device)[:, None]  # (B, 1)
             places = self.lengths[:, None] + torch.arange(num_new, device=keys.device)  # (B, T)
             self.keys[layer][rows, :, places] = keys.transpose(1, 2).to(self.keys.dtype)
@@ -119,6 +121,7 @@ class KVCache:
         """(B, 1, T, longest + T) bool, true where a new token may look; None for plain causal."""
         if self.longest == 0:
             return None
+        # Behind a short row's end lies what is left of longer ones: the mask hides it.
         seen = torch.arange(self.longest + num_new, device=self.lengths.device)
         last = self.lengths[:, None] + torch.arange(num_new, device=self.lengths.device)
         return (seen <= last[:, :, None])[:, None]

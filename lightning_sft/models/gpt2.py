@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.cache import CacheShape, KVCache
-from lightning_sft.models.layers import Linear, PackedLayout
+from lightning_sft.models.layers import Embedding, Linear, PackedLayout, allocate
 
 # Far beyond any model, and little enough that one without memory is made in seconds.
 LARGEST = {
@@ -93,7 +93,10 @@ class GPTConfig:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with the book's names for gain (`scale`) and bias (`shift`)."""
+    """Layer normalisation with the book's names for gain (`scale`) and bias (`shift`).
+
+    Source: listing 4.2.
+    """
 
     def __init__(self, emb_dim: int) -> None:
         super().__init__()
@@ -101,11 +104,17 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Each token's D numbers get mean 0 and variance 1 before gain and bias; no token knows of
+        # another here, which is why packed rows need no care.
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention through torch's fused `scaled_dot_product_attention`."""
+    """Causal self-attention through torch's fused `scaled_dot_product_attention`.
+
+    Source: listing 3.5. The fused kernel replaces its scores, mask, softmax and dropout, and never
+    holds the (T, T) scores of a head as a whole.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -127,11 +136,13 @@ class MultiHeadAttention(nn.Module):
         projections = [self.W_query(x), self.W_key(x), self.W_value(x)]  # (B, T, D) or (N, D)
         if layout is not None:
             projections = [F.embedding(layout.gather, p) for p in projections]  # (B, T, D)
+        # The heads are slices of one projection: H small attentions side by side cost one product.
         query, key, value = (
             p.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
             for p in projections
         )
         if cache is not None:
+            # Keys and values of earlier tokens never change, as no token looks ahead.
             key, value = cache.append(layer, key, value)
             query = query.to(key.dtype)
         context = F.scaled_dot_product_attention(
@@ -139,17 +150,20 @@ class MultiHeadAttention(nn.Module):
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None,  # padding is on the right, so it is ahead of every token
             dropout_p=self.drop_rate if self.training else 0.0,
         )
-        context = context.transpose(1, 2).flatten(2)  # (B, T, D)
+        context = context.transpose(1, 2).flatten(2)  # the heads beside each other again (B, T, D)
         if layout is not None:
             context = context.flatten(0, 1).index_select(0, layout.scatter)  # (N, D)
         return self.out_proj(context)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with GPT-2's tanh form of GELU between them."""
+    """Two linear layers with GPT-2's tanh form of GELU between them.
+
+    Source: listings 4.3 and 4.4. Two thirds of a block's parameters are here.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -164,7 +178,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each normalised before and added back after."""
+    """Attention and feed-forward, each normalised before and added back after.
+
+    Source: listing 4.6 and figure 4.13.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -182,6 +199,8 @@ class TransformerBlock(nn.Module):
         layer: int = 0,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        # Shortcuts: each part adds to the stream what it found, and gradients reach early blocks
+        # undiminished (listing 4.5).
         x = x + self.drop_shortcut(self.att(self.norm1(x), layout, cache, layer, mask))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
@@ -194,15 +213,18 @@ def run_block(
 
 
 class GPTModel(nn.Module):
-    """GPT-2: embeddings, a stack of blocks, a final norm and a linear head over the vocabulary."""
+    """GPT-2: embeddings, a stack of blocks, a final norm and a linear head over the vocabulary.
+
+    Source: listing 4.7 and figure 4.15.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = False  # forget what blocks computed, and compute it again in backward
         self.compiled: Callable[..., torch.Tensor] | None = None  # `run_block`, by torch.compile
-        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
-        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.tok_emb = Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
         # The book's `nn.Sequential` and this list name their parameters alike.
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
@@ -233,9 +255,9 @@ class GPTModel(nn.Module):
 
     def materialize(self) -> None:
         """Give a model made on the meta device memory, whose content is still arbitrary."""
-        self.to_empty(device="cpu")
+        allocate(self)
         if self.config.tie_embeddings:
-            self.out_head.weight = self.tok_emb.weight  # to_empty makes two of one
+            self.out_head.weight = self.tok_emb.weight  # else they are two
 
     def randomize(self, seed: int) -> None:
         """Random weights that depend on the seed alone; torch's own random state is left as it is.
@@ -296,13 +318,14 @@ class GPTModel(nn.Module):
                 f"{self.config.context_length}"
             )
         if layout is not None:
-            positions = layout.positions
+            positions = layout.positions  # (N,)
         else:
             positions = torch.arange(num_tokens, device=input_ids.device)
             if cache is not None:
-                positions = cache.lengths[:, None] + positions
+                positions = cache.lengths[:, None] + positions  # (B, T): each row goes on
         mask = cache.mask(num_tokens) if cache is not None else None
-        x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb(positions))
+        # What a token is, and where it stands (section 2.8): attention itself knows no order.
+        x = self.drop_emb(self.tok_emb(input_ids) + self.pos_emb(positions))  # (B, T, D) or (N, D)
         for layer, block in enumerate(self.trf_blocks):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, cache, layer, mask, use_reentrant=False)

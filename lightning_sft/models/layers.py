@@ -25,6 +25,14 @@ class PackedLayout(NamedTuple):
     scatter: torch.Tensor
 
 
+class Embedding(nn.Embedding):
+    """torch's, which is made on the meta device at once, as `Linear` is."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """A linear layer that is also quick with the few rows of a decoding step.
 
@@ -32,11 +40,26 @@ class Linear(nn.Linear):
     there is to read, is then walked through in its own order.
     """
 
+    def reset_parameters(self) -> None:
+        # Nothing to fill on the meta device, where torch would import sympy for it: a second.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.numel() // self.in_features
         if torch.is_grad_enabled() or x.device.type != "cpu" or not 2 <= num_rows <= 64:
             return F.linear(x, self.weight, self.bias)
         product = self.weight @ x.reshape(num_rows, -1).T  # (out, rows)
-        if self.bias is not None:
+        if self.bias is not None:  # one number for each output, alike for all rows
             product += self.bias[:, None]
         return product.T.contiguous().view(*x.shape[:-1], -1)
+
+
+def allocate(model: nn.Module) -> None:
+    """Give a model that was made on the meta device memory on the CPU, its content arbitrary.
+
+    `to_empty` does the same; reading a meta tensor's kind that way makes torch import sympy.
+    """
+    shapes = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+    empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    model.load_state_dict(empty, assign=True)

@@ -90,6 +90,7 @@ def book_state_dict(model: GPTModel) -> dict[str, torch.Tensor]:
 
 def _fit(tensors: Tensors, model: GPTModel, path: Path) -> dict[str, torch.Tensor]:
     """Tensors by the model's names, after checking that each is there and of the right shape."""
+    # Lightning puts the attribute's name, `model.`, before what it saves.
     family = family_of(model.config)
     is_extra = family.is_book_extra
     stripped = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
@@ -99,7 +100,7 @@ def _fit(tensors: Tensors, model: GPTModel, path: Path) -> dict[str, torch.Tenso
             f"{path}: holds LoRA adapters and not the weights they belong to; give the merged "
             "weights, the .pth in the folder of their run"
         )
-    if "tok_emb.weight" not in state:
+    if "tok_emb.weight" not in state:  # not the book's names, so Hugging Face's
         state = family.from_hf(state, model.config)
     head = state.pop("out_head.weight", state.get("tok_emb.weight"))  # without one: the embedding
     if head is not None and not model.config.tie_embeddings:

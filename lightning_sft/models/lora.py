@@ -12,7 +12,7 @@ There are two customs, and they learn at very different speeds for one learning 
     >>> add_lora(model, LoRAConfig(rank=16, alpha=16))  # 3.5 of 166.5 million parameters train
     >>> merge_lora(model)
 
-    python -m lightning_sft fit --config gpt2-small.yaml --config lora.yaml
+    python -m lightning_sft fit --config gpt2-small.yaml --config lora.yaml  # the book's form
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685);
 appendix E and exercise 7.4 of "Build a Large Language Model (From Scratch)".
@@ -120,9 +120,10 @@ class LoRALinear(Linear):
             base.in_features, base.out_features, bias=base.bias is not None, device="meta"
         )
         self.weight, self.bias = base.weight, base.bias
-        base.requires_grad_(False)
+        base.requires_grad_(False)  # no gradient, and so no optimizer state: what LoRA saves
         self.scale, self.dropout = config.scale, config.dropout
         self.lora_a = nn.Parameter(base.weight.new_empty(config.rank, base.in_features))
+        # Zero, so that B A adds nothing before the first step; A then learns from the second on.
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, config.rank))
         if not self.lora_a.is_meta:
             # ±1/√fan. The book writes A as (in, rank), and torch takes its last dimension for the
@@ -146,6 +147,7 @@ class LoRALinear(Linear):
         plain = Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
+        # In float32 at least: a small product would be lost beside a large weight in bfloat16.
         exact = torch.promote_types(self.weight.dtype, torch.float32)
         a, b = self.lora_a.to(exact), self.lora_b.to(exact)
         weight = torch.addmm(self.weight.to(exact), b, a, alpha=self.scale)
@@ -172,7 +174,7 @@ def add_lora(model: GPTModel, config: LoRAConfig, seed: int = 123) -> GPTModel:
         raise InputError("model.lora: the model has adapters already; merge them first")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = select_layers(list(layers), config.targets)
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # norms and embeddings too
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
         model.set_submodule(name, LoRALinear(layers[name], config, generator))

@@ -30,7 +30,7 @@ def identify_base(model: GPTModel, dtype: str | None = None) -> dict[str, str]:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if is_adapter(name):
-            continue
+            continue  # they change with every step
         tensor = parameter.detach().to("cpu", wanted).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
@@ -47,6 +47,8 @@ def saved_config(settings: dict[str, Any]) -> LoRAConfig | None:
     if saved is None:
         return None
     try:
+        if not isinstance(saved, dict):
+            raise TypeError
         config = LoRAConfig(**saved | {"targets": tuple(saved["targets"])})
         config.check()
     except (KeyError, TypeError, InputError):
@@ -81,6 +83,7 @@ def check_adapters(model: GPTModel, checkpoint: dict[str, Any], weights: str | N
             f"ckpt_path: {len(differing)} adapters differ from what model.lora makes, first "
             f"{differing[0]}; give the rank and targets they were trained with"
         )
+    # Shapes alone do not tell gpt2-small from another model of its size; the digest does.
     trained = checkpoint.get("base")
     if not isinstance(trained, dict):
         raise InputError("ckpt_path: does not say which weights its adapters belong to")

@@ -59,9 +59,10 @@ def _load_checkpoint(path: Path, weights: str | None) -> tuple[GPTModel, PromptS
     checkpoint = read_checkpoint(path, mmap=True, check=True)
     settings = checkpoint["hyper_parameters"]
     try:
+        get_config(settings["architecture"])
         style = get_style(settings["prompt_style"], settings["header_in_prompt"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"ckpt_path: {path}: its prompt style is damaged ({error})") from None
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"ckpt_path: {path}: its settings are damaged ({error})") from None
     if saved_config(settings) is not None:
         return _load_merged(checkpoint, weights).eval(), style
     model = _make(settings["architecture"])
@@ -81,7 +82,7 @@ def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:
         settings = settings | {"weights": weights}
     base = settings.get("weights")
     model = _make(settings["architecture"])
-    if base is None:
+    if base is None:  # random weights are a function of their seed
         model.randomize(int(settings.get("seed", 0)))
     else:
         load_weights(model, base)

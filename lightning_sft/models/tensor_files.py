@@ -10,7 +10,7 @@ Before anything is built from a file it must be
   could become a thousand times the file.
 
 Nothing in a file is run. Each check reads the file once, in blocks, and the tensors are mapped into
-memory. For gpt2-medium's 1.6 GB the CRCs take 2 s on a processor of 2023, the sha256 3 s.
+memory. For gpt2-medium's 1.6 GB the CRCs took 3.3 s on a busy machine, the sha256 4.6 s.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from lightning_sft.common import files
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.metrics import METRICS, measure
-from lightning_sft.judging.pairwise import judge_pairs
+from lightning_sft.judging.pairwise import Preference, judge_pairs
 from lightning_sft.judging.significance import bootstrap_mean, length_controlled_win_rate, sign_test
 from lightning_sft.judging.summary import (
     SCORES_NAME,
@@ -36,7 +36,7 @@ from lightning_sft.runs.responses import Response, as_list, read_responses, resp
 WORST = 10  # regressions listed per run
 
 
-class Run(NamedTuple):
+class RunAnswers(NamedTuple):
     """One run's answers and what is known of each."""
 
     name: str
@@ -45,7 +45,7 @@ class Run(NamedTuple):
     metrics: dict[str, list[float]]
 
 
-def compare(
+def compare_answers(
     runs: list[Path],
     output: Path = Path("comparison"),
     pairwise: bool = False,
@@ -80,23 +80,30 @@ def compare(
         "notes": _notes(loaded),
         "comparisons": [],
     }
+    replies = output / "pairwise.jsonl"
     for number, run in enumerate(loaded[1:], start=1):
         result = compare_two(loaded[0], run, _common_judge(loaded))
         if pairwise:
-            judged = judge_pairs(answers[0], run.responses, judge, output / "pairwise.jsonl")
-            pairs = [(i, p.value) for i, p in enumerate(judged) if p.value is not None]
-            result["preferences"]["pairwise"] = _win_rates(loaded[0], run, pairs) | {
-                "inconsistent": sum(p.value is not None and not p.consistent for p in judged),
-                "unjudged": len(judged) - len(pairs),
-            }
+            judged = judge_pairs(answers[0], run.responses, judge, replies)
+            result["preferences"]["pairwise"] = _pairwise_rates(loaded[0], run, judged)
         own = [(vote.entry, vote.value) for vote in cast if vote.run == number]
         if own:
             result["preferences"]["votes"] = _win_rates(loaded[0], run, _mean_per_entry(own))
         found["comparisons"].append(result)
+    _write(output, found, answers)
+    unjudged = sum(
+        r["preferences"].get("pairwise", {}).get("unjudged", 0) for r in found["comparisons"]
+    )
+    if unjudged:
+        raise IncompleteError(f"{unjudged} pairs have no judgement; {replies} says why")
+
+
+def _write(output: Path, found: dict[str, Any], answers: list[list[Response]]) -> None:
+    """The comparison as JSON, as a page and on the terminal, and the page to vote on."""
     output.mkdir(parents=True, exist_ok=True)
     files.write_json(output / "comparison.json", found)
     pages = {
-        "comparison.html": render_comparison(found, loaded[0].responses),
+        "comparison.html": render_comparison(found, answers[0]),
         "blind-vote.html": build_vote_page(answers),
     }
     for name, page in pages.items():
@@ -104,16 +111,9 @@ def compare(
             file.write(page)
     print(describe_comparison(found))
     print(f"\nComparison: {output / 'comparison.html'}")
-    unjudged = sum(
-        r["preferences"].get("pairwise", {}).get("unjudged", 0) for r in found["comparisons"]
-    )
-    if unjudged:
-        raise IncompleteError(
-            f"{unjudged} pairs have no judgement; {output / 'pairwise.jsonl'} says why"
-        )
 
 
-def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> list[Run]:
+def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> list[RunAnswers]:
     """Read the runs and make sure that they answer the same entries in the same order.
 
     Raises:
@@ -124,7 +124,7 @@ def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> li
         responses = read_responses(path, response_key)
         scores = read_scores(responses_path(path).parent / SCORES_NAME)
         measured = measure((r.text, r.entry.output) for r in responses)
-        runs.append(Run(_name(path), responses, scores, measured))
+        runs.append(RunAnswers(_name(path), responses, scores, measured))
     first = runs[0]
     for run, path in zip(runs[1:], paths[1:], strict=True):
         if len(run.responses) != len(first.responses):
@@ -145,7 +145,7 @@ def load_runs(paths: Sequence[Path], response_key: str = "model_response") -> li
     ]
 
 
-def compare_two(first: Run, second: Run, judge: str | None) -> dict[str, Any]:
+def compare_two(first: RunAnswers, second: RunAnswers, judge: str | None) -> dict[str, Any]:
     """Differences second - first, preferences by score, and the worst regressions.
 
     Args:
@@ -213,7 +213,20 @@ def _difference(name: str, first: list, second: list) -> dict[str, Any] | None:
     }
 
 
-def _win_rates(first: Run, second: Run, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
+def _pairwise_rates(
+    first: RunAnswers, second: RunAnswers, judged: Sequence[Preference]
+) -> dict[str, Any]:
+    """Win rates of the pairs that the judge decided, and how many it did not or contradicted."""
+    pairs = [(i, p.value) for i, p in enumerate(judged) if p.value is not None]
+    return _win_rates(first, second, pairs) | {
+        "inconsistent": sum(p.value is not None and not p.consistent for p in judged),
+        "unjudged": len(judged) - len(pairs),
+    }
+
+
+def _win_rates(
+    first: RunAnswers, second: RunAnswers, pairs: Sequence[tuple[int, float]]
+) -> dict[str, Any]:
     """Raw and length-controlled win rate of the second run; ties count half."""
     values = [value for _, value in pairs]
     lengths = [[len(run.responses[i].text) for i, _ in pairs] for run in (first, second)]
@@ -239,14 +252,14 @@ def _mean_per_entry(votes: Sequence[tuple[int, float]]) -> list[tuple[int, float
     return [(index, sum(values) / len(values)) for index, values in sorted(by_entry.items())]
 
 
-def _common_judge(runs: Sequence[Run]) -> str | None:
+def _common_judge(runs: Sequence[RunAnswers]) -> str | None:
     """The judge that scored last among those who scored every run."""
     judges = [[judge_id(r) for r in run.records if r["kind"] == "answer"] for run in runs]
     common = set.intersection(*map(set, judges))
     return next((judge for judge in reversed(judges[0]) if judge in common), None)
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[RunAnswers]) -> list[str]:
     notes = []
     judge = _common_judge(runs)
     if judge is None and any(run.records for run in runs):

@@ -46,7 +46,7 @@ def describe_comparison(found: dict[str, Any]) -> str:
             lines.append(
                 f"  {TITLES[row['name']]:<12}{row['first']:>7.2f} →{row['second']:>7.2f}  "
                 f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]  "
-                f"p {row['p']:.3f}  {row['verdict']}"
+                f"p {chance(row['p'], '= ')}  {row['verdict']}"
             )
         for source, rates in result["preferences"].items():
             lines.append(
@@ -61,6 +61,11 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
+def chance(p: float, equals: str = "") -> str:
+    """A p-value with three decimals; one that they would round to nothing as a bound."""
+    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+
+
 def _section(result: dict[str, Any], baseline: Sequence[Response]) -> str:
     rows = [
         (
@@ -70,7 +75,7 @@ def _section(result: dict[str, Any], baseline: Sequence[Response]) -> str:
             f"{row['difference']:+.2f}",
             f"{row['low']:+.2f} to {row['high']:+.2f}",
             f"{row['higher']} / {row['equal']} / {row['lower']}",
-            f"{row['p']:.3f}",
+            chance(row["p"]),
             row["verdict"],
         )
         for row in result["measures"]

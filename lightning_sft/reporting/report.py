@@ -30,6 +30,7 @@ from lightning_sft.reporting.report_page import render
 from lightning_sft.runs.evaluation_file import EVALUATION_NAME, read_evaluation
 from lightning_sft.runs.responses import RESPONSES_NAME, Response, read_responses
 
+PNG_START = b"\x89PNG\r\n\x1a\n"
 PACKAGES = ("lightning-sft", "torch", "lightning", "tiktoken", "numpy")
 
 
@@ -50,9 +51,10 @@ def report(run: Path, output: Path | None = None) -> None:
     folder = run if run.is_dir() else run.parent
     page = Path(output or folder / "report.html")
     found = collect(folder)
+    picture = found.pop("picture")
     files.write_json(page.with_suffix(".json"), found)
     with files.atomic_write(page) as file:
-        file.write(render(found, _picture(folder)))
+        file.write(render(found, picture))
     print(f"Report: {page}")
 
 
@@ -67,12 +69,12 @@ def collect(folder: Path) -> dict[str, Any]:
     notes: list[str] = []
 
     def load(name: str, read: Callable[[Path], Any]) -> Any:
-        path = folder / name
         try:
-            return read(path) if path.exists() else None
-        except (InputError, OSError, ValueError) as error:
+            path = _find_part(folder, name)
+            return None if path is None else read(path)
+        except (InputError, OSError, ValueError, csv.Error) as error:
             notes.append(f"{name} is left out: {error}")
-            return None
+        return None
 
     responses = load(RESPONSES_NAME, read_responses) or []
     records = load(SCORES_NAME, read_scores) or []
@@ -85,11 +87,12 @@ def collect(folder: Path) -> dict[str, Any]:
         "evaluation": load(EVALUATION_NAME, read_evaluation) or [],
         "config": load("config.yaml", _read_text),
         "versions": load("versions.json", files.read_json),
+        "picture": load("loss-curve.png", _read_picture),
+        "versions_here": _versions_here(),
         "notes": notes,
     }
-    found["versions_here"] = _versions_here()
-    parts = ("training", "samples", "answers", "evaluation", "config", "versions")
-    if not any(found[part] for part in parts) and _picture(folder) is None:
+    parts = ("training", "samples", "answers", "evaluation", "config", "versions", "picture")
+    if not any(found[part] for part in parts):
         why = f" ({'; '.join(notes)})" if notes else ""
         raise InputError(f"{folder}: holds no part of a run, such as metrics.csv{why}")
     return found
@@ -145,14 +148,26 @@ def _read_text(path: Path) -> str:
     return hide_keys(files.read_text(path))
 
 
-def _picture(folder: Path) -> str | None:
-    path = folder / "loss-curve.png"
-    if not path.is_file():
+def _read_picture(path: Path) -> str:
+    """The picture as a data URI."""
+    content = files.read_bytes(path, files.MOST_SMALL)
+    if not content.startswith(PNG_START):
+        raise InputError("it is no PNG picture")
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def _find_part(folder: Path, name: str) -> Path | None:
+    """A file of the run; None where there is none.
+
+    Raises:
+        InputError: It is a link to something outside the run, which is not the report's to show.
+    """
+    path = folder / name
+    if not path.exists():
         return None
-    return (
-        "data:image/png;base64,"
-        + base64.b64encode(files.read_bytes(path, files.MOST_SMALL)).decode()
-    )
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError("it is a link that leaves the run folder")
+    return path
 
 
 def _versions_here() -> dict[str, str]:

@@ -14,6 +14,7 @@ from lightning_sft.judging.metrics import TITLES
 from lightning_sft.judging.significance import Interval
 from lightning_sft.judging.summary import CONTROLS, verdict
 from lightning_sft.reporting import pages
+from lightning_sft.reporting.answers_table import render_table, sort_answers, table_data
 from lightning_sft.reporting.charts import bar_chart, line_chart
 
 # Which columns of metrics.csv share a picture, and what they are called there.
@@ -37,6 +38,7 @@ def render(found: dict[str, Any], picture: str | None = None) -> str:
     """
     title = f"{found['run']} — run report"
     metrics = {name: Interval(**figures) for name, figures in found["metrics"].items()}
+    answers = sort_answers(found["answers"])
     charts = []
     for name, columns in CHARTS.items():
         lines = {label: found["training"].get(column, []) for column, label in columns.items()}
@@ -59,10 +61,10 @@ def render(found: dict[str, Any], picture: str | None = None) -> str:
         ),
         _benchmarks_section(found.get("evaluation", [])),
         _samples_section(found["samples"]),
-        pages.section("Answers", pages.answers_table(found["answers"]) if metrics else ""),
+        pages.section("Answers", render_table(answers) if answers else ""),
         _origin_section(found),
     ]
-    return build_page(title, "".join(body), pages.SCRIPT)
+    return build_page(title, "".join(body), pages.SCRIPT, table_data(answers) if answers else None)
 
 
 def _cards(found: dict[str, Any], metrics: dict[str, Interval]) -> str:
@@ -75,7 +77,7 @@ def _cards(found: dict[str, Any], metrics: dict[str, Interval]) -> str:
     for column, label in (("val_loss", "Validation loss"), ("val_perplexity", "Perplexity")):
         if training.get(column):
             step, value = training[column][-1]
-            cards.append(pages.card(label, f"{value:.3f}", f"at step {step:.0f}"))
+            cards.append(pages.card(label, f"{value:.3f}", f"at step {step:,.0f}"))
     for name in ("rouge_l", "chrf"):
         if name in metrics:
             low, high = metrics[name].low, metrics[name].high

@@ -17,9 +17,12 @@ EVALUATION_NAME = "evaluation.json"
 KEY = ("model", "task", "metric", "filter", "shots", "chat_template", "limit")
 
 
-def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Earlier rows of a results file, but for those that are measured again, and the new ones."""
+def add_rows(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a results file with `rows` in place of what they measure again.
 
+    Raises:
+        InputError: The file is there and holds no results.
+    """
     again = [_key(row) for row in rows]
     earlier = read_evaluation(path) if path.exists() else []
     return [row for row in earlier if _key(row) not in again] + rows
@@ -29,18 +32,22 @@ def read_evaluation(path: Path) -> list[dict[str, Any]]:
     """The rows of a results file.
 
     Raises:
-        InputError: It is none.
+        InputError: It holds no results.
     """
     try:
         rows = files.read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a file of results ({error})") from None
-    wanted = {"task", "metric", "value", "stderr", "samples", "shots"}
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and wanted <= set(r) for r in rows
-    ):
+    if not isinstance(rows, list) or not all(map(_is_result, rows)):
         raise InputError(f"{path}: not a file of results; `lightning_sft evaluate` writes them")
     return rows
+
+
+def _is_result(row: Any) -> bool:
+    if not isinstance(row, dict) or not {"task", "metric", "samples", "shots"} <= row.keys():
+        return False
+    error = row.get("stderr", "missing")
+    return isinstance(row.get("value"), int | float) and isinstance(error, int | float | None)
 
 
 def _key(row: dict[str, Any]) -> list[Any]:

@@ -1,17 +1,23 @@
-"""Reading the answers a model gave: `instruction-data-with-response.json` → `Response` objects.
+"""The answers a model gave: `Response` objects ↔ `instruction-data-with-response.json`.
 
 A responses file is the chapter's: a list of objects with `instruction`, `input`, `output` and
-`model_response`. `score`, `compare` and `report` all read it here, so all refuse the same things.
+`model_response`. `predict` writes it; `score`, `compare` and `report` all read it here, so all
+refuse the same things.
 
     >>> responses = read_responses("runs/gpt2-medium/version_0")
+
+Source: section 7.7 of "Build a Large Language Model (From Scratch)".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning_sft.common import files
 from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.config import describe_skipped
@@ -40,6 +46,17 @@ def as_list(paths: Path | list[Path] | None) -> list[Path]:
     if paths is None:
         return []
     return list(paths) if isinstance(paths, list) else [paths]
+
+
+def write_responses(path: str | Path, responses: Iterable[Response]) -> None:
+    """Write a responses file, whole or not at all, to the byte as the chapter's code would.
+
+    Raises:
+        ServiceError: The disk is full, or the folder cannot be written.
+    """
+    records = [asdict(r.entry) | {"model_response": r.text} for r in responses]
+    with files.atomic_write(path) as file:
+        json.dump(records, file, indent=4)  # é as \u00e9, which is json's default
 
 
 def read_responses(

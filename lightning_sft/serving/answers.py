@@ -16,12 +16,13 @@ from starlette.types import Receive, Scope, Send
 
 from lightning_sft.common.errors import LightningSFTError
 from lightning_sft.decoding.answer_text import AnswerText
+from lightning_sft.serving.api_error import ApiError
 from lightning_sft.serving.context import Context
 from lightning_sft.serving.engine import QueueFullError, StoppingError
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.job import Job, TokenEvent
 from lightning_sft.serving.openai_reply import Choice, Envelope, to_event
-from lightning_sft.serving.openai_request import AnswerRequest, ApiError
+from lightning_sft.serving.openai_request import AnswerRequest
 
 STALLED_SECONDS = 30.0  # beyond an answer's own time, for a client that does not read it
 

@@ -12,18 +12,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lightning_sft.data.tokenizer import Tokenizer
+from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.serving.answers import Answering, Stream
-from lightning_sft.serving.context import Context, LoadedModel
+from lightning_sft.serving.api_error import ApiError
+from lightning_sft.serving.context import Context
+from lightning_sft.serving.conversation import render
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.log import log_line
 from lightning_sft.serving.openai_reply import to_json
-from lightning_sft.serving.openai_request import (
-    ApiError,
-    find_model,
-    read_json,
-    read_request,
-    render,
-)
+from lightning_sft.serving.openai_request import find_model, read_json, read_request
 
 BODY_SECONDS = 30.0  # in which a request's body must have arrived
 LONGEST_TOKEN = 128  # characters; GPT-2's longest is as many spaces
@@ -96,7 +93,7 @@ class Service:
                 "model": model,
                 "prompt": text,
                 "prompt_tokens": len(ids),
-                "context_length": self.context.models[model].context_length,
+                "context_length": self.context.models[model].model.config.context_length,
             }
         )
 
@@ -155,18 +152,19 @@ class Service:
             return tokenizer.encode(text)
         return await asyncio.to_thread(tokenizer.encode, text)  # others need not wait for it
 
-    def _check_ids(self, prompt: list[int], model: LoadedModel) -> None:
+    def _check_ids(self, prompt: list[int], model: AnsweringModel) -> None:
         if len(prompt) > self.context.limits.prompt_tokens:
             raise self._too_long(str(len(prompt)))
         most = model.tokenizer.vocab_size - 1
+        context_length = model.model.config.context_length
         if not all(0 <= token <= most for token in prompt):
             message = f"prompt holds a token id outside 0 to {most}."
             raise ApiError(400, message, param="prompt", code="invalid_value")
-        if len(prompt) >= model.context_length:
+        if len(prompt) >= context_length:
             raise ApiError(
                 400,
                 f"The prompt has {len(prompt)} tokens, which leaves no room for an answer in the "
-                f"model's context of {model.context_length}.",
+                f"model's context of {context_length}.",
                 code="context_length_exceeded",
             )
 
@@ -184,7 +182,7 @@ class Service:
             "object": "model",
             "created": self.context.created,
             "owned_by": "lightning_sft",
-            "context_length": model.context_length,
+            "context_length": model.model.config.context_length,
             "prompt_style": model.style.name,
             "defaults": {
                 "max_tokens": min(default.max_new_tokens, most),

@@ -19,9 +19,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lightning_sft.serving.api_error import ApiError
 from lightning_sft.serving.log import log_line
 from lightning_sft.serving.openai_reply import to_json
-from lightning_sft.serving.openai_request import ApiError
 
 HEADER_SECONDS = 10.0  # from a connection's, or a request's, first sign of life
 # Connections that asyncio takes in one go. Where it takes one beyond the last descriptor it fails,

@@ -6,27 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import Tokenizer
-from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.serving.engine import Engine
 from lightning_sft.serving.job import Job, TokenEvent
 from lightning_sft.serving.openai_request import Rules
 from lightning_sft.serving.settings import Limits
-
-
-class LoadedModel(NamedTuple):
-    """What is needed to answer with a model."""
-
-    model: GPTModel
-    style: PromptStyle
-    tokenizer: Tokenizer
-
-    @property
-    def context_length(self) -> int:
-        return self.model.config.context_length
 
 
 class Hub:
@@ -63,7 +48,7 @@ class Context:
 
     engine: Engine
     hub: Hub
-    models: Mapping[str, LoadedModel]
+    models: Mapping[str, AnsweringModel]
     rules: Rules
     created: int
 

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lightning_sft.serving.api_error import ApiError
 from lightning_sft.serving.log import log_error
 from lightning_sft.serving.openai_reply import to_json
-from lightning_sft.serving.openai_request import ApiError
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),

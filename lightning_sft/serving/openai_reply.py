@@ -9,11 +9,13 @@ import codecs
 import json
 import time
 import uuid
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.serving.openai_request import AnswerRequest
+
+if TYPE_CHECKING:
+    from lightning_sft.data.tokenizer import Tokenizer
 
 # Why an answer ends → the API's word. An answer cut by the clock is cut for its length.
 FINISH_REASONS = {"stop": "stop", "length": "length", "time": "length"}

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.decoding.settings import GenerationConfig
+from lightning_sft.serving.api_error import ApiError, invalid
+from lightning_sft.serving.conversation import render
 from lightning_sft.serving.settings import MAX_TEMPERATURE, Limits
 
 MAX_STOPS = 4
@@ -51,37 +52,6 @@ SHARED = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop"
 SHARED |= {"stream_options", "logprobs"}
 CHAT = SHARED | {"messages", "input", "max_completion_tokens", "top_logprobs"}
 COMPLETION = SHARED | {"prompt"}
-
-
-class ApiError(Exception):
-    """An error as OpenAI's clients know it.
-
-    Args:
-        status: Of HTTP.
-        param: The field at fault.
-        code: A word for programs.
-        retry_after: Seconds after which the same request may succeed.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """`{"error": {message, type, param, code}}`."""
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kinds.get(self.status, fallback)}
-        return {"error": error | {"param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -142,9 +112,9 @@ def read_request(body: dict[str, Any], rules: Rules, chat: bool) -> AnswerReques
     stream = _boolean(body, "stream")
     options = body.get("stream_options", {})
     if "stream_options" in body and not stream:
-        raise _invalid("stream_options", "is only allowed with stream: true")
+        raise invalid("stream_options", "is only allowed with stream: true")
     if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-        raise _invalid("stream_options", "must be an object with include_usage")
+        raise invalid("stream_options", "must be an object with include_usage")
     return AnswerRequest(
         model=model,
         prompts=prompts,
@@ -164,7 +134,7 @@ def _read_settings(body: dict[str, Any], rules: Rules, chat: bool) -> Generation
     if chat:
         newer = _integer(body, "max_completion_tokens", 1, most, None)
         if limit and newer and limit != newer:
-            raise _invalid("max_tokens", "and max_completion_tokens differ; give one of them")
+            raise invalid("max_tokens", "and max_completion_tokens differ; give one of them")
         limit = newer or limit
     top_p = _number(body, "top_p", 0.0, 1.0, default.top_p)
     return dataclasses.replace(
@@ -190,83 +160,18 @@ def find_model(body: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     return name
 
 
-def render(body: Mapping[str, Any], style: PromptStyle) -> str:
-    """A conversation as the prompt that the model is given.
-
-    The model was trained on single questions. The last message, a user's, is the instruction, and
-    the field `input` its input, laid out exactly as in training. A system (or developer) message
-    comes first and is put in front of the first instruction, an empty line between. Earlier
-    questions and answers stand before, each laid out as one training text, with an empty line
-    behind it (a line break for a style with a closing mark, as ChatML).
-
-    Raises:
-        ApiError: The messages are not in that order, or not text.
-    """
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _invalid("messages", "must be a list with at least one message")
-    turns = [_read_message(message, place) for place, message in enumerate(messages)]
-    system = ""
-    if turns[0][0] in ("system", "developer"):
-        system = turns.pop(0)[1]
-    expected = ["assistant" if place % 2 else "user" for place in range(len(turns))]
-    if [role for role, _ in turns] != expected or len(turns) % 2 == 0:
-        raise _invalid(
-            "messages",
-            "must be at most one system message, then user and assistant in turn, a user's last",
-        )
-    given = body.get("input", "")
-    if not isinstance(given, str):
-        raise _invalid("input", "must be a string")
-    texts = [text for _, text in turns]
-    if system:
-        texts[0] = f"{system}\n\n{texts[0]}"
-    earlier = "".join(
-        "".join(style.split(Entry(question, "", answer))) + style.turn_end
-        for question, answer in zip(texts[0:-1:2], texts[1::2], strict=True)
-    )
-    return earlier + style.prompt(Entry(texts[-1], given, ""))
-
-
-def _read_message(message: Any, place: int) -> tuple[str, str]:
-    """Role and text; a list of text parts is joined."""
-    name = f"messages[{place}]"
-    if not isinstance(message, dict):
-        raise _invalid(name, "must be an object with role and content")
-    extra = {key for key, value in message.items() if value not in (None, [], {})}
-    if extra - {"role", "content"}:
-        raise _invalid(f"{name}.{min(extra - {'role', 'content'}):.100}", "is not supported here")
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise _invalid(f"{name}.role", "must be system, developer, user or assistant")
-    if isinstance(content, list):
-        if not all(
-            isinstance(part, dict)
-            and part.get("type") == "text"
-            and isinstance(part.get("text"), str)
-            for part in content
-        ):
-            raise _invalid(f"{name}.content", "may hold parts of type text only")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise _invalid(f"{name}.content", "must be a string or a list of text parts")
-    if role == "user" and not content.strip():
-        raise _invalid(f"{name}.content", "is empty")
-    return role, content
-
-
 def _read_prompts(body: Mapping[str, Any], rules: Rules) -> list[str | list[int]]:
     """A text, token ids, or a list of either."""
     given = body.get("prompt")
     prompts = given if isinstance(given, list) and not _is_ids(given) else [given]
     if not prompts or not all(isinstance(p, str) or _is_ids(p) for p in prompts):
-        raise _invalid(
+        raise invalid(
             "prompt", "must be a text, a list of token ids, or a list of texts or of these"
         )
     if "" in prompts:
-        raise _invalid("prompt", "is empty")
+        raise invalid("prompt", "is empty")
     if len(prompts) > rules.limits.prompts:
-        raise _invalid("prompt", f"holds {len(prompts)} prompts; at most {rules.limits.prompts}")
+        raise invalid("prompt", f"holds {len(prompts)} prompts; at most {rules.limits.prompts}")
     return list(prompts)
 
 
@@ -282,7 +187,7 @@ def _read_stop(body: Mapping[str, Any]) -> list[str]:
         or len(stops) > MAX_STOPS
         or not all(isinstance(item, str) and 0 < len(item) <= 1000 for item in stops)
     ):
-        raise _invalid("stop", f"must be a text or a list of at most {MAX_STOPS} texts, none empty")
+        raise invalid("stop", f"must be a text or a list of at most {MAX_STOPS} texts, none empty")
     return stops
 
 
@@ -293,7 +198,7 @@ def _read_logprobs(body: Mapping[str, Any], chat: bool) -> int | None:
     wanted = _boolean(body, "logprobs")
     top = _integer(body, "top_logprobs", 0, 20, None)
     if top is not None and not wanted:
-        raise _invalid("top_logprobs", "is only allowed with logprobs: true")
+        raise invalid("top_logprobs", "is only allowed with logprobs: true")
     return (top or 0) if wanted else None
 
 
@@ -315,7 +220,7 @@ def _refuse_unknown(body: Mapping[str, Any], known: set[str]) -> None:
 def _boolean(body: Mapping[str, Any], name: str) -> bool:
     value = body.get(name, False)
     if not isinstance(value, bool):
-        raise _invalid(name, "must be true or false")
+        raise invalid(name, "must be true or false")
     return value
 
 
@@ -327,7 +232,7 @@ def _integer(
         return default
     if type(value) is not int or value < low or (high is not None and value > high):
         limits = f"from {low} to {high}" if high is not None else f">= {low}"
-        raise _invalid(name, f"must be an integer {limits}")
+        raise invalid(name, f"must be an integer {limits}")
     return value
 
 
@@ -338,12 +243,8 @@ def _number(
     if value is default:
         return default
     if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
-        raise _invalid(name, f"must be a number from {low:g} to {high:g}")
+        raise invalid(name, f"must be a number from {low:g} to {high:g}")
     return float(value)
-
-
-def _invalid(param: str, problem: str) -> ApiError:
-    return ApiError(400, f"{param} {problem}.", param=param, code="invalid_value")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.decoding.settings import GenerationConfig
-from lightning_sft.runs.run_folder import checkpoint_in
 from lightning_sft.serving.settings import (
     DEFAULT_GENERATION,
     DEFAULT_LIMITS,
@@ -78,19 +77,19 @@ def serve(
             raise InputError(f"serve: {package} is not installed; {files.install_command('serve')}")
     with listen(host, port) as listener:
         # Imported here: `serve --help` and a refusal need no torch.
-        from lightning_sft.models.ready import choose_device, load_for_answers
-        from lightning_sft.models.tokenizers import tokenizer_of
-        from lightning_sft.serving.context import LoadedModel
+        from lightning_sft.decoding.answering import load_model
         from lightning_sft.serving.server import build_server
 
-        place = choose_device(device)
         loaded = {}
         for one, path, base in zip(names, paths, [weights, compare_weights], strict=False):
-            file = str(checkpoint_in(path))
-            model, style = load_for_answers(
-                file, architecture, prompt_style, header_in_prompt, base
+            loaded[one] = load_model(
+                path,
+                device=device,
+                architecture=architecture,
+                prompt_style=prompt_style,
+                header_in_prompt=header_in_prompt,
+                weights=base,
             )
-            loaded[one] = LoadedModel(model.to(place), style, tokenizer_of(model))
         server = build_server(loaded, generation, limits, token, loopback)
         shown = f"[{host}]" if ":" in host else host
         print(

@@ -20,6 +20,7 @@ from typing import Any
 
 import uvicorn
 
+from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.serving.app import Service
 from lightning_sft.serving.chat_page import build_chat_page
@@ -29,7 +30,7 @@ from lightning_sft.serving.connections import (
     count_affordable,
     lengthen_queue,
 )
-from lightning_sft.serving.context import Context, Hub, LoadedModel
+from lightning_sft.serving.context import Context, Hub
 from lightning_sft.serving.engine import Engine
 from lightning_sft.serving.gate import Gate
 from lightning_sft.serving.log import LOG_CONFIG
@@ -70,7 +71,7 @@ class Server(uvicorn.Server):
 
 
 def build_server(
-    models: Mapping[str, LoadedModel],
+    models: Mapping[str, AnsweringModel],
     generation: GenerationConfig = DEFAULT_GENERATION,
     limits: Limits = DEFAULT_LIMITS,
     token: str | None = None,

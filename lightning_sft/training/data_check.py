@@ -19,7 +19,8 @@ def check_data(module: SFTModule, data: object, stage: str) -> None:
         data: The trainer's data module, if it has one. Only ours says how it lays entries out.
 
     Raises:
-        InputError: The prompt styles differ, or rows would share what dropout makes of a prefix.
+        InputError: Prompt styles or tokenizers differ, or rows would share what dropout makes of
+            a prefix.
     """
     if not isinstance(data, InstructionDataModule):
         return
@@ -33,6 +34,11 @@ def check_data(module: SFTModule, data: object, stage: str) -> None:
         raise InputError(
             f"prompt_style: {'; '.join(differing)}; give both the same prompt_style and "
             "header_in_prompt"
+        )
+    if data.tokenizer.name != module.tokenizer.name:
+        raise InputError(
+            f"tokenizer: the data is encoded with {data.tokenizer.name}, the model's is "
+            f"{module.tokenizer.name}; set `tokenizer` of the data to the model's"
         )
     dropout = getattr(module.config, "drop_rate", 0.0) or (module.lora and module.lora.dropout)
     if stage == "fit" and dropout and data.config.share_prefix:

@@ -1,4 +1,4 @@
-"""Answers of `predict` → `instruction-data-with-response.json`, exactly the chapter's file.
+"""Answers of `predict` → `instruction-data-with-response.json`, the chapter's file to the byte.
 
 Every rank appends its answers to a part file as they are finished. When all are, rank 0 demands
 each entry exactly once, writes the file in the order of the data and removes the parts. A run that
@@ -22,7 +22,7 @@ from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.entries import Entry
-from lightning_sft.runs.responses import RESPONSES_NAME
+from lightning_sft.runs.responses import RESPONSES_NAME, Response, write_responses
 from lightning_sft.training.module import SFTModule
 
 
@@ -96,14 +96,11 @@ class ResponseWriter(L.Callback):
                 f"{self._folder}: {len(missing)} answers are missing, first of entry {missing[0]}; "
                 "run the same command again to go on"
             )
-        records = [
-            dataclasses.asdict(entry) | {"model_response": answered[index]}
-            for index, entry in enumerate(self._entries)
-        ]
-        files.write_json(self.path, records)
+        responses = [Response(entry, answered[i]) for i, entry in enumerate(self._entries)]
+        write_responses(self.path, responses)
         for part in self._parts():
             part.unlink()
-        print(f"\n{len(records)} answers written to {self.path}")
+        print(f"\n{len(responses)} answers written to {self.path}")
 
     @property
     def path(self) -> Path:

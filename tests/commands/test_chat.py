@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sft.commands import chat as chat_module
 from lightning_sft.commands.chat import read_piped, read_typed
 from lightning_sft.data.entries import Entry
+from lightning_sft.decoding.answering import AnsweringModel
 from support.runs import run
 from support.serving import make_talker
 
@@ -86,15 +86,15 @@ class Terminal(io.StringIO):
 
 def test_what_ends_an_answer_does_not_end_the_talk(weights, monkeypatch, capsys):
     """Ctrl-C, and an instruction that is too long."""
-    right = chat_module.stream_answer
+    right = AnsweringModel.stream
 
-    def answer(model: Any, entry: Entry, *rest: Any) -> Iterator[str]:
-        for place, piece in enumerate(right(model, entry, *rest)):
+    def answer(self: AnsweringModel, entry: Entry, **settings: Any) -> Iterator[str]:
+        for place, piece in enumerate(right(self, entry, **settings)):
             if entry.instruction == "Stop" and place == 2:
                 raise KeyboardInterrupt
             yield piece
 
-    monkeypatch.setattr(chat_module, "stream_answer", answer)
+    monkeypatch.setattr(AnsweringModel, "stream", answer)
     monkeypatch.setattr(sys, "stdin", Terminal("One?\nStop\n" + "word " * 300 + "\nOne?\n"))
     assert run("chat", *weights, "--generation.max_new_tokens=20") == 0
     greeting, first, stopped, refused, again, end = capsys.readouterr().out.split(">>> ")
@@ -106,11 +106,11 @@ def test_what_ends_an_answer_does_not_end_the_talk(weights, monkeypatch, capsys)
 
 
 def test_ctrl_c_ends_a_pipe(weights, monkeypatch, capsys):
-    def interrupt(*arguments: Any) -> Iterator[str]:
+    def interrupt(*arguments: Any, **settings: Any) -> Iterator[str]:
         raise KeyboardInterrupt
         yield ""
 
-    monkeypatch.setattr(chat_module, "stream_answer", interrupt)
+    monkeypatch.setattr(AnsweringModel, "stream", interrupt)
     monkeypatch.setattr(sys, "stdin", io.StringIO("One?\nTwo?\n"))
     assert run("chat", *weights) == 130
 

@@ -112,7 +112,7 @@ def test_predict_writes_the_chapters_file(trained: Path, source: str) -> None:
     data = json.loads((trained / "data.json").read_text())[34:38]  # 40 entries: 34, 4, 2
     assert [{k: r[k] for k in ("instruction", "input", "output")} for r in records] == data
     assert all(set(r) == {"instruction", "input", "output", "model_response"} for r in records)
-    assert target.read_text() == json.dumps(records, indent=4, ensure_ascii=False)
+    assert target.read_text() == json.dumps(records, indent=4)
     assert not list(target.parent.glob("responses.part-*"))
 
 

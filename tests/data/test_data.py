@@ -574,6 +574,21 @@ def test_bad_settings(settings, message):
     assert str(error.value) == message
 
 
+def test_far_more_workers_than_processors(write_entries):
+    data = InstructionDataModule(write_entries(40), num_workers=10**9)
+    with pytest.raises(InputError, match=r"^data.num_workers: 1000000000 is more than \d+, which"):
+        data.setup("fit")
+
+
+def test_evaluation_says_what_is_cut(write_entries, capsys):
+    data = InstructionDataModule(write_entries(40), max_length=35)
+    data.rows("train")
+    assert "train split: 6 of 34 entries are cut to 35 tokens\n" in capsys.readouterr().out
+    data = InstructionDataModule(write_entries(40), max_length=35, overlong="drop")
+    data.rows("train")
+    assert "train split: 6 of 34 entries are left out\n" in capsys.readouterr().out
+
+
 def test_bad_predict_batch_size():
     with pytest.raises(InputError, match=r"^data\.predict_batch_size: 0 is not allowed"):
         InstructionDataModule("data.json", predict_batch_size=0)

@@ -145,7 +145,11 @@ def test_text_modules_do_without_torch():
         return done.returncode == 0
 
     assert imports_without_torch(
-        *(f"data.{name}" for name in ("entries", "prompts", "tokenizer", "rows", "order"))
+        "common.gguf_header",
+        *(
+            f"data.{name}"
+            for name in ("entries", "prompts", "tokenizer", "hf_tokenizer", "rows", "order")
+        ),
     )
     assert not imports_without_torch("training.loss")  # control
 

@@ -14,15 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.evaluating import evaluate as evaluate_module
 from lightning_sft.evaluating.evaluate import result_rows, write_alpaca_eval
 from lightning_sft.reporting.report import collect, report
-from lightning_sft.runs.evaluation_file import merge, read_evaluation
+from lightning_sft.runs.evaluation_file import add_rows, read_evaluation
 from support.runs import newest_checkpoint, run, write_config
 
 needs_lm_eval = pytest.mark.skipif(
@@ -152,13 +150,12 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    from lightning_sft.decoding.answering import load_model
     from lightning_sft.evaluating.lm_eval_model import EvalModel
-    from lightning_sft.models.ready import load_for_answers
-    from lightning_sft.models.tokenizers import tokenizer_of
 
     out = tmp_path / "exported"
     assert run("export", "--ckpt_path", checkpoint, "--format", "hf", "--out", out) == 0
-    model, style = load_for_answers(str(checkpoint))
+    model = load_model(checkpoint, device="cpu")
     names = ["colours", "rolling", "writing"]
     for chat in (False, True):
         found = [
@@ -171,7 +168,7 @@ def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tm
                 bootstrap_iters=10,
             )
             for lm in (
-                EvalModel(model, style, tokenizer_of(model), batch_size=5),
+                EvalModel(model, batch_size=5),
                 HFLM(pretrained=str(out), device="cpu", batch_size=4, dtype="float32"),
             )
         ]
@@ -218,7 +215,12 @@ def test_without_lm_eval_it_is_said_what_to_install(monkeypatch, capsys):
 
 def test_a_run_folder_and_a_base_that_moved(monkeypatch, tmp_path, capsys):
     """All of the command but lm-eval itself."""
-    monkeypatch.setattr(evaluate_module.importlib.util, "find_spec", lambda *_: True)
+    right = importlib.util.find_spec
+    monkeypatch.setattr(
+        evaluate_module.importlib.util,
+        "find_spec",
+        lambda name, *rest: True if name == "lm_eval" else right(name, *rest),
+    )
     monkeypatch.setattr(evaluate_module.importlib.metadata, "version", lambda name: "0.4")
     monkeypatch.setattr(evaluate_module, "_find_tasks", lambda *_: "manager")
     rated = []
@@ -230,11 +232,10 @@ def test_a_run_folder_and_a_base_that_moved(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluate_module, "_run_tasks", run_tasks)
     stub = SimpleNamespace(EvalModel=lambda *arguments: arguments)
     monkeypatch.setitem(sys.modules, "lightning_sft.evaluating.lm_eval_model", stub)
-    model = torch.nn.Linear(1, 1)
     read = []
     monkeypatch.setattr(
-        "lightning_sft.models.ready.load_for_answers",
-        lambda *arguments: read.append(arguments) or (model, "a style"),
+        "lightning_sft.decoding.answering.load_model",
+        lambda path, **settings: read.append((path, settings["weights"])) or "a model",
     )
     folder = tmp_path / "runs" / "mine" / "version_0"
     newest = folder / "checkpoints" / "step-000007.ckpt"
@@ -245,9 +246,9 @@ def test_a_run_folder_and_a_base_that_moved(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("lightning_sft.models.origin.read_origin", lambda path: origin)
     options = ["--ckpt_path", folder, "--weights", "moved.pth", "--tasks", " arc, other,"]
     assert run("evaluate", *options, "--limit=3", "--batch_size=2", "--device=cpu") == 0
-    assert read == [(str(newest), None, None, None, "moved.pth")]
+    assert read == [(str(newest), "moved.pth")]
     asked = {"num_fewshot": None, "limit": 3, "apply_chat_template": False}
-    assert rated == [((model, "a style", gpt2_tokenizer(), 2), ["arc", "other"], "manager", asked)]
+    assert rated == [(("a model", 2), ["arc", "other"], "manager", asked)]
     rows = read_evaluation(folder / "evaluation.json")
     assert [(row["model"], row["metric"], row["limit"]) for row in rows] == [
         ("mine, step 7", "acc", 3),
@@ -281,11 +282,11 @@ def test_rows_of_results(monkeypatch, tmp_path):
         common | {"metric": "f1", "filter": "strict", "value": 1.0, "stderr": None},
     ]
     path = tmp_path / "evaluation.json"
-    assert merge(path, rows) == rows
+    assert add_rows(path, rows) == rows
     path.write_text(json.dumps(rows))
     better = [rows[0] | {"value": 0.7}]
-    assert merge(path, better) == [rows[1], *better]
-    assert merge(path, [rows[0] | {"shots": 0}]) == [*rows, rows[0] | {"shots": 0}]
+    assert add_rows(path, better) == [rows[1], *better]
+    assert add_rows(path, [rows[0] | {"shots": 0}]) == [*rows, rows[0] | {"shots": 0}]
 
 
 def test_a_report_shows_benchmarks_and_survives_a_broken_file(tmp_path, monkeypatch):

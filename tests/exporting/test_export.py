@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import random
 import re
 import shutil
 import sys
@@ -41,12 +42,14 @@ from lightning_sft.exporting.export_hf import generation_config, hf_config, writ
 from lightning_sft.exporting.exported_program import our_program
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
 from lightning_sft.models import gpt2_weights as weights
+from lightning_sft.models.files import read_tensors
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.gpt2_weights import from_hf, iterate_hf, to_hf
 from lightning_sft.models.loading import load_weights
 from lightning_sft.models.origin import public_name, read_origin
 from lightning_sft.models.ready import load_for_answers
 from lightning_sft.models.registry import ARCHITECTURES
+from lightning_sft.models.tensor_files import check_digest
 from support.runs import newest_checkpoint, run, write_config, write_data
 
 SMALL = GPTConfig(vocab_size=97, context_length=48, emb_dim=32, n_heads=4, n_layers=2)
@@ -534,6 +537,89 @@ def test_an_older_export_is_replaced_and_nothing_else(trained, tmp_path, capsys,
         check_target(tmp_path / "odd")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_text("mine"),
+        lambda path: path.mkdir(),
+        lambda path: path.symlink_to("export.json"),
+    ],
+    ids=["file", "folder", "link"],
+)
+@pytest.mark.parametrize("name", ["thesis.docx", "../thesis.docx", "config.json"])
+def test_an_export_is_its_own_files_whatever_its_mark_names(tmp_path, name, make):
+    out = tmp_path / "out"
+    out.mkdir()
+    mark = {"format": "pth", "name": "a", "files": {name: 1, "README.md": 1}}
+    (out / "export.json").write_text(json.dumps(mark))
+    (out / "README.md").write_text("of an export")
+    check_target(out)  # control: these two are
+    make(out / name)
+    is_ours = name == "config.json" and (out / name).is_file() and not (out / name).is_symlink()
+    if is_ours or name.startswith(".."):
+        check_target(out)
+    else:
+        with pytest.raises(InputError, match=f"holds {re.escape(name)}, which is not of"):
+            check_target(out)
+    with new_folder(out) as folder:  # as if it had come while the new one was made
+        (folder / "README.md").write_text("new")
+    assert (out / "README.md").read_text() == "new"
+    if name.startswith(".."):
+        assert (tmp_path / "thesis.docx").exists() or (tmp_path / "thesis.docx").is_symlink()
+    elif not is_ours:
+        (kept,) = tmp_path.glob(".out.*.old")
+        assert [path.name for path in kept.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("format", ["pth", "hf", "gguf"])
+def test_a_flipped_bit_of_an_export_is_noticed(trained, tmp_path, few_tokens, format):
+    """100 of 100 places, by the digests in export.json; safetensors and GGUF have none inside."""
+    assert export_to(tmp_path / "out", trained, "--format", format) == 0
+    (path,) = (p for p in (tmp_path / "out").iterdir() if p.suffix[1:] in (format, "safetensors"))
+    read = read_gguf if format == "gguf" else read_tensors
+    read(path)
+    draw = random.Random(0)
+    with path.open("rb+") as file:
+        for _ in range(100):
+            place, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
+            for noticed in (True, False):  # flipped, and back
+                file.seek(place)
+                (old,) = file.read(1)
+                file.seek(place)
+                file.write(bytes([old ^ 1 << bit]))
+                file.flush()
+                if noticed:
+                    with pytest.raises(InputError, match="is damaged"):
+                        check_digest(path)
+    read(path)
+    with path.open("rb+") as file:
+        file.seek(-1, 2)
+        file.write(b"!!")
+    with pytest.raises(InputError, match="is damaged"):
+        read(path)
+
+
+def test_a_lora_base_that_moved_is_named(tmp_path, capsys):
+    config = write_config(tmp_path, trainer__max_steps=1, run__name="base")
+    assert run("fit", "--config", config) == 0
+    base = tmp_path / "runs/base/version_0/gpt2-2M-sft.pth"
+    lora = {"rank": 2, "targets": ["out_head"]}
+    config = write_config(
+        tmp_path, trainer__max_steps=1, model__weights=str(base), model__lora=lora
+    )
+    assert run("fit", "--config", config) == 0
+    moved = base.rename(tmp_path / "moved.pth")
+    folder = tmp_path / "runs/tiny/version_0"
+    assert export_to(tmp_path / "out", folder, "--format", "pth") == 2
+    assert str(base) in capsys.readouterr().err
+    assert export_to(tmp_path / "out", folder, "--format", "pth", "--weights", moved) == 0
+    (path,) = (tmp_path / "out").glob("*.pth")
+    expected = read_tensors(folder / "gpt2-2M-sft.pth")
+    found = read_tensors(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("name", ["README.md", "model.safetensors", "export.json"])
 def test_a_full_disk_leaves_the_older_export(hf_folder, trained, tmp_path, monkeypatch, name):
     out = shutil.copytree(hf_folder, tmp_path / "out")
@@ -582,7 +668,7 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, make_model, caps
         ([tmp_path / "small.pth", "--format", "pth"], "does not say its architecture"),
         ([trained, "--format", "hf", "--gguf_type", "f16"], "--gguf_type f16 is for --format gguf"),
         ([damaged, "--format", "pth"], "is damaged"),
-        ([tmp_path / "none.ckpt", "--format", "pth"], "is not a file"),
+        ([tmp_path / "none.ckpt", "--format", "pth"], "no such file"),
         ([trained, "--format", "onnx"], "onnx"),
     ]
     before = set(tmp_path.iterdir())

@@ -69,6 +69,19 @@ def test_ollama_request_holds_the_chapters_options():
     assert body["format"] == SCHEMA
 
 
+def test_without_schema_and_limit_ollama_gets_the_books_request():
+    """`query_model` of section 7.8; both other fields are there to change no reply."""
+    with JudgeServer("ollama") as server:
+        ask(server, json_schema=False, max_tokens=None)
+        body = server.requests[0]["body"]
+    book = {
+        "model": "llama3",
+        "messages": [{"role": "user", "content": "Rate it."}],
+        "options": {"seed": 123, "temperature": 0, "num_ctx": 2048},
+    }
+    assert body == book | {"stream": True, "truncate": False}
+
+
 def test_openai_request_asks_for_the_schema():
     with JudgeServer("openai") as server:
         ask(server)

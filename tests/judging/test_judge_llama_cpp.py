@@ -25,7 +25,7 @@ from lightning_sft.judging.client import Judge
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.probe import probe
 from lightning_sft.judging.prompt import load_prompt, parse_reply
-from lightning_sft.judging.score import score
+from lightning_sft.judging.score import score_responses
 from lightning_sft.judging.summary import read_scores, summarize
 from lightning_sft.reporting.report import report
 from lightning_sft.runs.responses import RESPONSES_NAME, read_responses
@@ -113,7 +113,7 @@ def test_books_answers_end_to_end(server, tmp_path, capsys):
     (tmp_path / RESPONSES_NAME).write_text(text)
     start = time.monotonic()
     try:
-        score(tmp_path, config_for(server))
+        score_responses(tmp_path, config_for(server))
     except IncompleteError as error:
         print(f"incomplete: {error}")
     seconds = time.monotonic() - start
@@ -130,7 +130,7 @@ def test_books_answers_end_to_end(server, tmp_path, capsys):
     assert summary["informative"] is False
     start = time.monotonic()
     try:
-        score(tmp_path, config_for(server))  # asks nothing
+        score_responses(tmp_path, config_for(server))  # asks nothing
     except IncompleteError:
         assert summary["scored"] < 110
     assert time.monotonic() - start < 5

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lightning_sft.judging import metrics, significance
 from lightning_sft.judging.metrics import METRICS, chrf, exact_match, measure, rouge_l, token_f1
 from lightning_sft.judging.significance import (
     bootstrap_mean,
@@ -44,6 +46,34 @@ def test_bootstrap_agrees_with_the_t_interval_on_normal_values():
     assert found.low == pytest.approx(values.mean() - half, abs=0.03)
     assert found.high == pytest.approx(values.mean() + half, abs=0.03)
     assert bootstrap_mean(values) == found  # the same values, the same interval
+
+
+@pytest.mark.parametrize("n", [2, 110, 999, 3000])
+def test_bootstrap_in_blocks_is_the_same_to_the_bit(n, monkeypatch):
+    values = np.random.default_rng(n).normal(50, 20, n).round(2)
+    picks = np.random.default_rng(significance.SEED).integers(0, n, (10_000, n), dtype=np.int32)
+    at_once = values[picks].mean(axis=1)
+    for block in (1, 70_000, significance.BLOCK):
+        monkeypatch.setattr(significance, "BLOCK", block)
+        blocks = significance._resample_means(values, 10_000, significance.SEED)
+        assert np.array_equal(blocks, at_once)
+
+
+def test_bootstrap_of_many_values_draws_a_bounded_number(monkeypatch):
+    drawn = []
+    means = significance._resample_means
+    monkeypatch.setattr(
+        significance, "_resample_means", lambda v, n, seed: (drawn.append(n), means(v, n, seed))[1]
+    )
+    values = np.random.default_rng(1).normal(10, 2, 20_000)
+    found = bootstrap_mean(values)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(20_000)
+    assert found.low == pytest.approx(values.mean() - half, abs=half / 10)
+    assert found.high == pytest.approx(values.mean() + half, abs=half / 10)
+    bootstrap_mean(values[:110])
+    monkeypatch.setattr(significance, "MOST_DRAWS", 1_000_000)
+    bootstrap_mean(values)
+    assert drawn == [5_000, 10_000, 1_000]
 
 
 @pytest.mark.parametrize(("n", "runs", "width"), [(110, 800, 0.022), (30, 800, 0.022)])
@@ -100,6 +130,29 @@ def test_correlations_agree_with_scipy():
         if signs.higher + signs.lower:
             expected = stats.binomtest(signs.higher, signs.higher + signs.lower).pvalue
             assert signs.p == pytest.approx(expected)
+
+
+@pytest.mark.timeout(60)
+def test_a_hundred_thousand_pairs_take_no_table_of_all_pairs():
+    scores = np.random.default_rng(1).integers(0, 100, 100_000)
+    assert correlate(scores, scores).kendall == 1.0
+    assert correlate(scores, -scores).kendall == -1.0
+    assert sign_test([0] * 100_000, [1] * 50_500 + [-1] * 49_500).p == pytest.approx(
+        0.0015824, 1e-4
+    )
+
+
+def test_longest_common_subsequence_agrees_with_the_table():
+    rng = random.Random(1)
+    for _ in range(200):
+        first, second = (rng.choices("abcd", k=rng.randrange(90)) for _ in range(2))
+        row = [0] * (len(second) + 1)
+        for word in first:
+            before = row
+            row = [0]
+            for j, other in enumerate(second):
+                row.append(before[j] + 1 if word == other else max(row[j], before[j + 1]))
+        assert metrics._longest_common_subsequence(first, second) == row[-1]
 
 
 def test_gap_is_tried_everywhere():

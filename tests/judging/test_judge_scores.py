@@ -19,7 +19,7 @@ from lightning_sft.data.entries import Entry
 from lightning_sft.judging import asking
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.prompt import load_prompt
-from lightning_sft.judging.score import score
+from lightning_sft.judging.score import score_responses
 from lightning_sft.judging.significance import correlate, correlate_with_gap
 from lightning_sft.judging.summary import describe, read_scores, summarize
 from lightning_sft.runs.responses import read_responses
@@ -77,7 +77,7 @@ def lines_of(path: Path) -> list[dict]:
 def test_score_prints_the_chapters_two_lines(tmp_path, capsys, protocol, stream):
     path = write_responses(tmp_path, make_entries(7))
     with JudgeServer(protocol, fair_judge, models=["llama3"]) as server:
-        score(path, config_for(server, stream=stream, concurrency=3))
+        score_responses(path, config_for(server, stream=stream, concurrency=3))
     out = capsys.readouterr().out
     assert out.startswith("Number of scores: 7 of 7\nAverage score: 60.00\n")
     records = lines_of(tmp_path / "scores.jsonl")
@@ -98,7 +98,7 @@ def test_score_takes_a_run_folder_and_the_books_answers(tmp_path, capsys):
     text = Path(data).with_name("instruction-data-with-response.json").read_text()
     (tmp_path / "instruction-data-with-response.json").write_text(text)
     with JudgeServer("ollama", ["50"]) as server:
-        score(tmp_path, config_for(server, concurrency=4), controls=0)
+        score_responses(tmp_path, config_for(server, concurrency=4), controls=0)
         assert len(server.prompts) == 110
     assert "Number of scores: 110 of 110\nAverage score: 50.00\n" in capsys.readouterr().out
 
@@ -109,7 +109,7 @@ def test_second_run_asks_only_what_is_missing(tmp_path):
     with JudgeServer("ollama", replies) as server:
         config = config_for(server)
         with pytest.raises(IncompleteError, match="2 of 6 answers have no score"):
-            score(path, config, controls=0)
+            score_responses(path, config, controls=0)
         assert len(server.prompts) == 7  # one of six was sent twice
         failed = [r for r in lines_of(tmp_path / "scores.jsonl") if r["score"] is None]
         assert [(r["reply"], r["reason"][:8]) for r in failed] == [
@@ -119,10 +119,10 @@ def test_second_run_asks_only_what_is_missing(tmp_path):
         server.script = ["70"]
         # The reply "N/A" was paid for and stays; the entry without a reply is asked again.
         with pytest.raises(IncompleteError, match="1 of 6"):
-            score(path, config, controls=0)
+            score_responses(path, config, controls=0)
         assert len(server.prompts) == 8
         with pytest.raises(IncompleteError):
-            score(path, config, controls=0)
+            score_responses(path, config, controls=0)
         assert len(server.prompts) == 8
 
 
@@ -130,8 +130,8 @@ def test_nothing_missing_needs_no_judge(tmp_path):
     path = write_responses(tmp_path, make_entries(3))
     with JudgeServer("ollama", ["50"]) as server:
         config = config_for(server)
-        score(path, config, controls=0)
-    score(path, config, controls=0)  # the server is gone
+        score_responses(path, config, controls=0)
+    score_responses(path, config, controls=0)  # the server is gone
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_nothing_missing_needs_no_judge(tmp_path):
 def test_another_judge_is_asked_anew(tmp_path, change):
     path = write_responses(tmp_path, make_entries(3))
     with JudgeServer("ollama", ["4"]) as server:
-        score(path, config_for(server), controls=0)
-        score(path, config_for(server, **change), controls=0)
+        score_responses(path, config_for(server), controls=0)
+        score_responses(path, config_for(server, **change), controls=0)
         assert len(server.prompts) == 6
 
 
@@ -149,13 +149,13 @@ def test_changed_answer_is_asked_anew_and_its_old_score_not_used(tmp_path, capsy
     entries = make_entries(3)
     path = write_responses(tmp_path, entries)
     with JudgeServer("ollama", ["40"]) as server:
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         entries[1]["model_response"] = "Better."
         write_responses(tmp_path, entries)
         summary = summarize(read_responses(path), read_scores(tmp_path / "scores.jsonl"))
         assert (summary["scored"], summary["failures"]) == (2, {"not asked yet": 1})
         server.script = ["100"]
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         assert len(server.prompts) == 4
     assert "Average score: 60.00" in capsys.readouterr().out
 
@@ -164,10 +164,10 @@ def test_torn_last_line_of_a_kill(tmp_path):
     path = write_responses(tmp_path, make_entries(4))
     scores = tmp_path / "scores.jsonl"
     with JudgeServer("ollama", ["50"]) as server:
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         text = scores.read_text()
         scores.write_text(text[: text.rindex('"score"')])
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         assert len(server.prompts) == 5
     assert len(lines_of(scores)) == 4
 
@@ -175,9 +175,11 @@ def test_torn_last_line_of_a_kill(tmp_path):
 def run_until(path: Path, server: JudgeServer, prompts: int, delay: float) -> bool:
     """Score in a process of its own; SIGKILL soon after so many prompts. True if it ended first."""
     program = (
-        "import sys; from pathlib import Path; from lightning_sft.judging.score import score;"
+        "import sys; from pathlib import Path;"
+        "from lightning_sft.judging.score import score_responses;"
         "from lightning_sft.judging.judge import JudgeConfig;"
-        "score(Path(sys.argv[1]), JudgeConfig('ollama', sys.argv[2], concurrency=2), controls=0)"
+        "config = JudgeConfig('ollama', sys.argv[2], concurrency=2);"
+        "score_responses(Path(sys.argv[1]), config, controls=0)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(path), server.url],
@@ -221,9 +223,9 @@ def test_killed_at_random_moments_no_kept_score_is_asked_again(tmp_path, kills):
 def test_negative_control_without_the_file_all_is_asked_again(tmp_path, monkeypatch):
     path = write_responses(tmp_path, make_entries(5))
     with JudgeServer("ollama", ["50"]) as server:
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         monkeypatch.setattr(asking, "read_answered", lambda path: {})
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         assert len(server.prompts) == 10
 
 
@@ -234,7 +236,7 @@ def test_refused_from_the_start_writes_nothing(tmp_path):
         pass  # its port is now closed
     start = time.monotonic()
     with pytest.raises(ServiceError, match="no judge at"):
-        score(path, config_for(server))
+        score_responses(path, config_for(server))
     assert time.monotonic() - start < 10
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -243,11 +245,11 @@ def test_stop_in_the_middle_keeps_what_came_before(tmp_path):
     path = write_responses(tmp_path, make_entries(6))
     with JudgeServer("ollama", ["50", "50", Status(401)]) as server:
         with pytest.raises(ServiceError, match=r"HTTP 401.*the same command goes on") as caught:
-            score(path, config_for(server), controls=0)
+            score_responses(path, config_for(server), controls=0)
         assert "\n" not in str(caught.value)
         assert len(lines_of(tmp_path / "scores.jsonl")) == 2
         server.script = ["60"]
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         assert len(server.prompts) == 7
 
 
@@ -255,7 +257,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
     path = write_responses(tmp_path, make_entries(3))
     with JudgeServer("ollama") as server, asking._only_writer(tmp_path / "scores.jsonl"):
         with pytest.raises(ServiceError, match="another run is writing"):
-            score(path, config_for(server))
+            score_responses(path, config_for(server))
         assert server.prompts == []
 
 
@@ -264,8 +266,8 @@ def test_empty_answer_scores_lowest_without_being_asked(tmp_path, capsys):
     entries[1]["model_response"] = " \n"
     path = write_responses(tmp_path, entries)
     with JudgeServer("ollama", ["80"]) as server:
-        score(path, config_for(server), controls=0)
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
         assert len(server.prompts) == 3
     out = capsys.readouterr().out
     assert "Number of scores: 4 of 4\nAverage score: 60.00" in out
@@ -277,7 +279,7 @@ def test_failures_stay_in_the_count(tmp_path, capsys):
     path = write_responses(tmp_path, make_entries(4))
     server = JudgeServer("ollama", ["80", "250", "N/A", "80"])
     with server, pytest.raises(IncompleteError, match="2 of 4") as caught:
-        score(path, config_for(server), controls=0)
+        score_responses(path, config_for(server), controls=0)
     assert caught.value.exit_code == 4
     out = capsys.readouterr().out
     assert "Number of scores: 2 of 4\nAverage score: 80.00" in out
@@ -292,7 +294,7 @@ def test_a_poisonous_reply_ends_nothing(tmp_path, capsys):
     with JudgeServer("ollama", ["60", "85 \ud800", evil, "70"], models=["llama3"]) as server:
         config = config_for(server)
         with pytest.raises(IncompleteError):
-            score(path, config, controls=0)
+            score_responses(path, config, controls=0)
         assert len(server.prompts) == 4
     records = lines_of(tmp_path / "scores.jsonl")
     assert [record["score"] for record in records] == [60, 85, None, 70]
@@ -309,7 +311,7 @@ def test_a_poisonous_reply_ends_nothing(tmp_path, capsys):
 def test_all_failed_is_said_plainly(tmp_path, capsys):
     path = write_responses(tmp_path, make_entries(3))
     with JudgeServer("ollama", [Status(500)]) as server, pytest.raises(IncompleteError):
-        score(path, config_for(server, retries=0))
+        score_responses(path, config_for(server, retries=0))
     assert "Number of scores: 0 of 3\nAverage score: none" in capsys.readouterr().out
 
 
@@ -339,7 +341,7 @@ def test_controls_tell_whether_the_judge_is_informative(tmp_path, capsys, name):
     judge, informative, words = JUDGES[name]
     path = write_responses(tmp_path, make_entries(12))
     with JudgeServer("ollama", judge) as server:
-        score(path, config_for(server, concurrency=4))
+        score_responses(path, config_for(server, concurrency=4))
         assert len(server.prompts) == 12 + 5 * 10
     assert words in capsys.readouterr().out
     summary = summarize(read_responses(path), read_scores(tmp_path / "scores.jsonl"))
@@ -349,7 +351,7 @@ def test_controls_tell_whether_the_judge_is_informative(tmp_path, capsys, name):
 def test_repeats_measure_agreement_with_itself(tmp_path, capsys):
     path = write_responses(tmp_path, make_entries(6))
     with JudgeServer("ollama", ["50"] * 6 + ["50"] * 3 + ["60"] * 3) as server:
-        score(path, config_for(server), controls=0, repeats=2)
+        score_responses(path, config_for(server), controls=0, repeats=2)
         seeds = [
             r["body"]["options"].get("seed") for r in server.requests if r["path"][-4:] == "chat"
         ]
@@ -370,10 +372,10 @@ def test_planted_key_is_in_no_file_message_or_output(tmp_path, capsys, monkeypat
     ]
     with JudgeServer("ollama", acts) as server:
         with pytest.raises(IncompleteError) as first:
-            score(path, config_for(server, retries=0))
+            score_responses(path, config_for(server, retries=0))
         server.script = [Status(403, {"error": KEY})]
         with pytest.raises(ServiceError) as second:
-            score(path, config_for(server, retries=0, num_ctx=99))
+            score_responses(path, config_for(server, retries=0, num_ctx=99))
         assert all(KEY in str(request["headers"]) for request in server.requests)
     said = "".join(capsys.readouterr()) + str(first.value) + str(second.value)
     files = "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
@@ -435,7 +437,7 @@ def test_references_are_correlated_from_the_files(tmp_path, capsys, model):
         return answers[prompt]
 
     with JudgeServer("ollama", as_gpt4) as server:
-        score(
+        score_responses(
             book_file("judge-eval-example-data.json"),
             config_for(server, concurrency=4),
             output=tmp_path / "scores.jsonl",
@@ -466,7 +468,7 @@ def test_unusable_references(tmp_path, content, words):
         other.write_text(content)
     with JudgeServer("ollama") as server:
         with pytest.raises(InputError, match=words):
-            score(path, config_for(server), references=[other])
+            score_responses(path, config_for(server), references=[other])
         assert server.requests == []
 
 
@@ -490,7 +492,7 @@ def test_unusable_responses(tmp_path, change, words):
     change(entries)
     path = write_responses(tmp_path, entries)
     with pytest.raises(InputError, match=words) as caught:
-        score(path, JudgeConfig())
+        score_responses(path, JudgeConfig())
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -507,4 +509,4 @@ def test_damaged_scores_file_is_named(tmp_path):
         JudgeServer("ollama", ["50"]) as server,
         pytest.raises(InputError, match="record 0 has no"),
     ):
-        score(path, config_for(server))
+        score_responses(path, config_for(server))

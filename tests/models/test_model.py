@@ -17,7 +17,13 @@ from lightning_sft.data.batching import pack
 from lightning_sft.models.cache import KVCache
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.layers import PackedLayout
-from lightning_sft.models.registry import ARCHITECTURES, MODEL_SIZES, get_config
+from lightning_sft.models.registry import (
+    ARCHITECTURES,
+    FAMILIES,
+    MODEL_SIZES,
+    family_of,
+    get_config,
+)
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 Make = Callable[..., GPTModel]
@@ -456,3 +462,32 @@ def test_from_pretrained_knows_four_names():
     assert str(error.value) == (
         "weights: unknown 'gpt2-tiny'; allowed: gpt2-small, gpt2-medium, gpt2-large, gpt2-xl"
     )
+
+
+# --- Families ---
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_is_whole(family):
+    """What the rest of the package asks of an entry, for every one that there is."""
+    assert family.sizes.keys() == family.labels.keys() == family.repositories.keys()
+    config = dataclasses.replace(
+        next(iter(family.sizes.values())),
+        vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2,
+    )  # fmt: skip
+    assert family_of(config) is family
+    model = family.model(config)
+    state = model.state_dict()
+    tensors = dict(family.to_hf(state))
+    back = family.from_hf(tensors, config)
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    assert family.from_hf_config(family.hf_config(config)) == config
+    assert set(tensors) <= set(family.gguf_names(config.n_layers))
+    book = family.book_state_dict(model)
+    assert {name for name in book if not family.is_book_extra(name)} == set(state)
+    hidden = model.hidden_states(torch.arange(8)[None])
+    assert hidden.shape == (1, 8, config.emb_dim)
+    layers = {name for name, _ in model.trf_blocks[0].named_modules()}
+    assert all(name in layers for names, _ in family.kept.inputs for name in names)
+    tokenizer = family.tokenizer()
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode("naïve"))) == "naïve".encode()

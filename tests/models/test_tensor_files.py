@@ -66,7 +66,7 @@ def write(path: Path, digest: bool) -> Path:
     return path
 
 
-def check_message(error: InputError, path: Path = Path()) -> None:
+def check_message(error: InputError, path: Path | str = "") -> None:
     assert "\n" not in str(error)
     assert str(path) in str(error)
 

@@ -190,6 +190,17 @@ def test_the_books_mask_is_written_once():
     assert one_mask < size < 1.2 * one_mask
 
 
+def test_nothing_of_size_context_squared(tmp_path):
+    """131,072 tokens would make a mask of 69 GB behind every fit."""
+    short = dataclasses.replace(TINY, context_length=weights.LONGEST_BOOK_MASK, n_layers=1)
+    long = dataclasses.replace(short, context_length=131_072)
+    assert "trf_blocks.0.att.mask" in book_state_dict(make_model(short))
+    state = book_state_dict(make_model(long))
+    assert state.keys() == make_model(long).state_dict().keys()
+    torch.save(state, tmp_path / "long.pth")
+    load_weights(on_meta(long), str(tmp_path / "long.pth"))
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt"])
 @pytest.mark.parametrize("wrap", ["", "lightning", "chapter 5", "legacy"])
 def test_state_dicts_in_their_wrappings(tmp_path, suffix, wrap):

@@ -11,9 +11,10 @@ import pytest
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.judging.judge import JudgeConfig
 from lightning_sft.judging.pairwise import combine, parse_choice
-from lightning_sft.judging.score import score
+from lightning_sft.judging.score import score_responses
 from lightning_sft.reporting.blind_vote import FORMAT, fingerprint, first_run_is_left, read_votes
-from lightning_sft.reporting.compare import compare, load_runs
+from lightning_sft.reporting.compare import compare_answers, load_runs
+from lightning_sft.reporting.compare_page import chance
 from lightning_sft.runs.responses import RESPONSES_NAME, read_responses
 from support.judge_server import JudgeServer, Status
 
@@ -67,8 +68,8 @@ def measures(result: dict) -> dict[str, dict]:
 def test_planted_difference_is_recovered(runs, tmp_path, capsys):
     with JudgeServer("ollama", shared_words, models=["llama3"]) as server:
         for run in runs:
-            score(run, JudgeConfig(url=server.url, concurrency=4))
-    compare(runs, tmp_path / "out")
+            score_responses(run, JudgeConfig(url=server.url, concurrency=4))
+    compare_answers(runs, tmp_path / "out")
     rows = measures(result_of(tmp_path / "out"))
     # Planted: 90 % of the words against 60 %.
     assert rows["score"]["low"] < -30 < rows["score"]["high"]
@@ -78,17 +79,24 @@ def test_planted_difference_is_recovered(runs, tmp_path, capsys):
         assert rows[name]["verdict"] == "worse"
     out = capsys.readouterr().out
     assert "bad/version_0 against good/version_0" in out
+    assert "p < 0.001  worse" in out
     assert "the judge is not informative" not in out
     drop = result_of(tmp_path / "out")["comparisons"][0]["regressions"][0]
     assert drop["before"] - drop["after"] >= 50
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Worst regressions" in page
+    assert "<td>&lt; 0.001</td>" in page
+
+
+def test_a_tiny_p_is_a_bound_and_not_nothing():
+    shown = [chance(p) for p in (0.0, 0.00099, 0.001, 0.0123, 1.0)]
+    assert shown == ["< 0.001", "< 0.001", "0.001", "0.012", "1.000"]
 
 
 def test_no_difference_is_not_called_one(tmp_path):
     """The control: two runs spoilt equally, by other dice."""
     runs = [write_run(tmp_path / name / "v", 0.3, seed=s) for name, s in (("a", 1), ("b", 2))]
-    compare(runs, tmp_path / "out")
+    compare_answers(runs, tmp_path / "out")
     for row in measures(result_of(tmp_path / "out")).values():
         assert row["verdict"] == "no difference shown"
 
@@ -99,9 +107,9 @@ def test_identical_runs_differ_by_exactly_nothing(tmp_path):
     with JudgeServer("ollama", shared_words, models=["llama3"]) as server:
         config = JudgeConfig(url=server.url, concurrency=4)
         for run in (a, b):
-            score(run, config)
+            score_responses(run, config)
         asked = len(server.prompts)
-        compare([a, b], tmp_path / "out", pairwise=True, judge=config)
+        compare_answers([a, b], tmp_path / "out", pairwise=True, judge=config)
         assert len(server.prompts) == asked  # equal answers tie without being asked
     result = result_of(tmp_path / "out")["comparisons"][0]
     assert len(result["measures"]) == 5
@@ -116,7 +124,7 @@ def test_identical_runs_differ_by_exactly_nothing(tmp_path):
 
 def test_three_runs_are_each_held_against_the_first(runs, tmp_path):
     third = write_run(tmp_path / "third" / "version_0", 0.2, seed=3)
-    compare([*runs, third], tmp_path / "out")
+    compare_answers([*runs, third], tmp_path / "out")
     found = result_of(tmp_path / "out")["comparisons"]
     assert [(c["first"], c["second"]) for c in found] == [
         ("good/version_0", "bad/version_0"),
@@ -146,27 +154,27 @@ def test_runs_on_other_entries_are_refused(runs, tmp_path, change, words):
     change(entries)
     path.write_text(json.dumps(entries))
     with pytest.raises(InputError, match=words) as caught:
-        compare(runs, tmp_path / "out")
+        compare_answers(runs, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_one_run_is_no_comparison(runs, tmp_path):
     with pytest.raises(InputError, match="two or more"):
-        compare(runs[:1], tmp_path / "out")
+        compare_answers(runs[:1], tmp_path / "out")
 
 
 def test_scores_of_different_judges_are_not_compared(runs, tmp_path):
     with JudgeServer("ollama", shared_words, models=["llama3", "phi3"]) as server:
-        score(runs[0], JudgeConfig(url=server.url, model="llama3"), controls=0)
-        score(runs[1], JudgeConfig(url=server.url, model="phi3"), controls=0)
-        compare(runs, tmp_path / "out")
+        score_responses(runs[0], JudgeConfig(url=server.url, model="llama3"), controls=0)
+        score_responses(runs[1], JudgeConfig(url=server.url, model="phi3"), controls=0)
+        compare_answers(runs, tmp_path / "out")
         found = result_of(tmp_path / "out")
         assert "score" not in measures(found)
         assert "no one judge" in found["notes"][0]
         # The control: as soon as one judge has scored both, they are.
-        score(runs[1], JudgeConfig(url=server.url, model="llama3"), controls=0)
-        compare(runs, tmp_path / "out")
+        score_responses(runs[1], JudgeConfig(url=server.url, model="llama3"), controls=0)
+        compare_answers(runs, tmp_path / "out")
         assert "score" in measures(result_of(tmp_path / "out"))
 
 
@@ -204,10 +212,10 @@ def test_choice_of_a_reply(reply, choice):
 def test_pairwise_over_the_wire_is_kept(runs, tmp_path):
     with JudgeServer("ollama", longer_is_better, models=["llama3"]) as server:
         config = JudgeConfig(url=server.url, concurrency=4)
-        compare(runs, tmp_path / "out", pairwise=True, judge=config)
+        compare_answers(runs, tmp_path / "out", pairwise=True, judge=config)
         rates = result_of(tmp_path / "out")["comparisons"][0]["preferences"]["pairwise"]
         asked = len(server.prompts)
-        compare(runs, tmp_path / "out", pairwise=True, judge=config)
+        compare_answers(runs, tmp_path / "out", pairwise=True, judge=config)
         assert len(server.prompts) == asked
     assert asked % 2 == 0
     assert rates["count"] == rates["wins"] + rates["ties"] + rates["losses"] == 40
@@ -219,7 +227,7 @@ def test_pairwise_over_the_wire_is_kept(runs, tmp_path):
 def test_pairwise_judge_with_position_bias_prefers_nobody(runs, tmp_path):
     with JudgeServer("ollama", ["A"], models=["llama3"]) as server:
         config = JudgeConfig(url=server.url)
-        compare(runs, tmp_path / "out", pairwise=True, judge=config)
+        compare_answers(runs, tmp_path / "out", pairwise=True, judge=config)
     rates = result_of(tmp_path / "out")["comparisons"][0]["preferences"]["pairwise"]
     assert rates["win_rate"] == 0.5
     assert rates["inconsistent"] > 30
@@ -229,7 +237,7 @@ def test_pairs_without_a_judgement_are_counted_and_exit_4(runs, tmp_path):
     with JudgeServer("ollama", ["A", "B", Status(500)], models=["llama3"]) as server:
         config = JudgeConfig(url=server.url, retries=0)
         with pytest.raises(IncompleteError, match="pairs have no judgement"):
-            compare(runs, tmp_path / "out", pairwise=True, judge=config)
+            compare_answers(runs, tmp_path / "out", pairwise=True, judge=config)
     rates = result_of(tmp_path / "out")["comparisons"][0]["preferences"]["pairwise"]
     assert rates["unjudged"] + rates["count"] == 40
 
@@ -252,21 +260,21 @@ def cast(runs: list[Path], prefer: int, path: Path) -> Path:
 
 @pytest.mark.parametrize(("prefer", "rate"), [(0, 0.0), (1, 1.0)])
 def test_votes_find_their_way_back(runs, tmp_path, prefer, rate):
-    compare(runs, tmp_path / "out", votes=cast(runs, prefer, tmp_path / "v.json"))
+    compare_answers(runs, tmp_path / "out", votes=cast(runs, prefer, tmp_path / "v.json"))
     rates = result_of(tmp_path / "out")["comparisons"][0]["preferences"]["votes"]
     assert rates["win_rate"] == rate
 
 
 def test_two_people_count_once_per_entry(runs, tmp_path):
     votes = [cast(runs, n, tmp_path / f"{n}.json") for n in (0, 1)]
-    compare(runs, tmp_path / "out", votes=votes)
+    compare_answers(runs, tmp_path / "out", votes=votes)
     rates = result_of(tmp_path / "out")["comparisons"][0]["preferences"]["votes"]
     assert rates["win_rate"] == 0.5
     assert rates["ties"] == rates["count"] <= 40
 
 
 def test_vote_page_is_blind(runs, tmp_path):
-    compare(runs, tmp_path / "out")
+    compare_answers(runs, tmp_path / "out")
     page = (tmp_path / "out" / "blind-vote.html").read_text()
     body = page.split("<body>")[1].replace("Equally good", "")
     assert "good" not in body
@@ -291,7 +299,7 @@ def test_unusable_votes(runs, tmp_path, votes, words):
     path = tmp_path / "votes.json"
     path.write_text(votes)
     with pytest.raises(InputError, match=words):
-        compare(runs, tmp_path / "out", votes=path)
+        compare_answers(runs, tmp_path / "out", votes=path)
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html.parser
 import json
+import os
 import re
 import resource
 import subprocess
@@ -18,8 +19,8 @@ import pytest
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.common.pages import embed_json
 from lightning_sft.judging.judge import JudgeConfig
-from lightning_sft.judging.score import score
-from lightning_sft.reporting import pages, report_page
+from lightning_sft.judging.score import score_responses
+from lightning_sft.reporting import answers_table, report_page
 from lightning_sft.reporting.charts import bar_chart, line_chart
 from lightning_sft.reporting.report import collect, report
 from lightning_sft.runs.responses import RESPONSES_NAME
@@ -87,7 +88,7 @@ def run(tmp_path) -> Path:
 def add_scores(run: Path) -> None:
     replies = ["90", f"60 or 70, because {EVIL}", "70"]
     with JudgeServer("ollama", replies) as server, pytest.raises(IncompleteError):
-        score(run, JudgeConfig(url=server.url), controls=0)
+        score_responses(run, JudgeConfig(url=server.url), controls=0)
 
 
 def page_of(run: Path) -> Page:
@@ -157,6 +158,13 @@ def test_picture_stands_in_for_missing_metrics(run):
     assert images == ["data:image/png;base64," + base64.b64encode(PNG).decode()]
 
 
+EVALUATED = {"task": "arc", "metric": "acc", "value": 0.5, "stderr": 0.1, "samples": 9, "shots": 0}
+SCORED = {"index": 0, "kind": "answer", "repeat": 0, "score": 5, "reason": None, "reply": "5"}
+SCORED |= dict.fromkeys(("instruction", "input", "output", "response", "prompt", "key"), "text")
+SCORED |= {"scale": [0, 100], "judge": {}, "options": {}, "seconds": 0.5}
+WRONG = ({"score": "5"}, {"options": []}, {"scale": [0]}, {"judge": None}, {"input": [0]})
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -166,14 +174,85 @@ def test_picture_stands_in_for_missing_metrics(run):
         ("scores.jsonl", '{"key": "a"}\n'),
         ("config.yaml", b"\xff\xfe\x00"),
         ("metrics.csv", b"\xff\xfe"),
+        ("metrics.csv", "step,val_loss\n1," + "9" * 200_000),  # longer than csv takes a field
+        ("versions.json", "[" * 100_000),
+        ("evaluation.json", "[" * 100_000),
+        ("evaluation.json", json.dumps([EVALUATED | {"value": "high"}])),
+        ("evaluation.json", json.dumps([EVALUATED | {"stderr": "low"}])),
+        ("loss-curve.png", b"root:x:0:0:root"),
+        *(("scores.jsonl", json.dumps(SCORED | change)) for change in WRONG),
     ],
 )
 def test_damaged_part_is_named_and_left_out(run, name, content):
-    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode() + b"\n")
     report(run)
     notes = json.loads((run / "report.json").read_text())["notes"]
     assert [note.split(" is left out")[0] for note in notes] == [name]
     assert notes[0] in page_of(run).text
+
+
+@pytest.mark.parametrize("name", [*PARTS, "scores.jsonl", "evaluation.json", "loss-curve.png"])
+def test_a_link_out_of_the_run_is_not_followed(run, tmp_path, name):
+    """Who passes a run folder on must not make others' reports show their own files."""
+    (tmp_path / "private").write_bytes(PNG + b"PLANTED" if name.endswith("png") else b"PLANTED")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "private")
+    report(run)
+    found = json.loads((run / "report.json").read_text())
+    assert found["notes"] == [f"{name} is left out: it is a link that leaves the run folder"]
+    for written in ("report.html", "report.json"):
+        text = (run / written).read_text()
+        assert "PLANTED" not in text
+        assert base64.b64encode(PNG).decode()[:40] not in text
+
+
+def test_a_link_within_the_run_is_followed(run, tmp_path):
+    (run / "metrics.csv").rename(run / "kept.csv")
+    (run / "metrics.csv").symlink_to("kept.csv")
+    (tmp_path / "alias").symlink_to(run)  # nor does it matter how the folder itself is reached
+    report(tmp_path / "alias")
+    found = json.loads((run / "report.json").read_text())
+    assert (found["notes"], len(found["training"]["train_loss"])) == ([], 3)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_run_is_not_waited_for(run):
+    (run / "metrics.csv").unlink()
+    os.mkfifo(run / "metrics.csv")
+    report(run)
+    notes = json.loads((run / "report.json").read_text())["notes"]
+    assert notes == [f"metrics.csv is left out: {run / 'metrics.csv'}: not a regular file"]
+
+
+def test_a_long_table_is_in_pages(run, monkeypatch):
+    monkeypatch.setattr(answers_table, "PAGE", 3)
+    add_scores(run)
+    report(run)
+    page = page_of(run)
+    rows = [attrs for tag, attrs in page.tags if tag == "tr" and "data-score" in attrs]
+    assert [row["data-index"] for row in rows] == ["1", "2", "3"]  # the worst three of four
+    assert "3 of 4" in page.text
+    data = json.loads((run / "report.html").read_text().split('id="data">')[1].split("</script")[0])
+    assert data["page"] == 3
+    assert [row[0] for row in data["rows"]] == [1, 2, 3, 0]
+
+
+@pytest.mark.slow
+def test_100_000_answers_fit_into_a_gigabyte(tmp_path):
+    """In a process of its own, for its peak of memory. The aim for its time is half a minute."""
+    entries = [
+        ENTRIES[0] | {"instruction": f"Task {i}", "model_response": f"Red {i % 97} and {i % 89}."}
+        for i in range(100_000)
+    ]
+    (tmp_path / RESPONSES_NAME).write_text(json.dumps(entries))
+    program = (
+        "import resource, sys; from pathlib import Path; from lightning_sft.reporting.report import"
+        " report; report(Path(sys.argv[1]));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(out.split()[-1]) < 1_000_000  # KiB
 
 
 def test_no_run_at_all(tmp_path):
@@ -213,7 +292,7 @@ def check_harmless(text: str) -> None:
 
 
 def test_negative_control_without_escaping_the_check_fails(run, monkeypatch):
-    monkeypatch.setattr(pages, "escape", lambda text: text)
+    monkeypatch.setattr(answers_table, "escape", lambda text: text)
     report(run)
     with pytest.raises(AssertionError):
         check_harmless((run / "report.html").read_text())
@@ -283,7 +362,15 @@ def test_line_chart_places_points_inside_and_in_order():
 
 @pytest.mark.parametrize(
     "points",
-    [[(1, 2.0)], [(1, 0.0), (2, 0.0)], [(5, 1e-9), (5, 1e12)], [(k, k % 7) for k in range(9999)]],
+    [
+        [(1, 2.0)],
+        [(1, 0.0), (2, 0.0)],
+        [(5, 1e-9), (5, 1e12)],
+        [(k, k % 7) for k in range(9999)],
+        [(1, 1e-14), (2, 3e-14)],
+        [(1, 5e99), (2, -5e99)],
+        [(0, 1.0), (1, 1e308), (2, -1e308), (1e300, 2.0)],
+    ],
 )
 def test_line_chart_at_the_edges(points):
     figure = line_chart("x", {"a": points, "empty": []}, "step")

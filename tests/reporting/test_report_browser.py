@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_sft.common.pages import build_page
 from lightning_sft.judging.judge import JudgeConfig
-from lightning_sft.judging.score import score
-from lightning_sft.reporting import pages
-from lightning_sft.reporting.compare import compare
+from lightning_sft.judging.score import score_responses
+from lightning_sft.reporting import answers_table, pages
+from lightning_sft.reporting.charts import line_chart
+from lightning_sft.reporting.compare import compare_answers
 from lightning_sft.reporting.report import report
 from lightning_sft.runs.responses import RESPONSES_NAME
 from support.browser import EVIL, Select, chromium, webdriver
@@ -62,7 +64,7 @@ def run(tmp_path_factory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("runs") / "tiny" / "version_0", seed=1)
     numbers = iter(random.Random(2).sample(range(100), 12))
     with JudgeServer("ollama", lambda prompt: f"{next(numbers)}") as server:
-        score(folder, JudgeConfig(url=server.url), controls=0)
+        score_responses(folder, JudgeConfig(url=server.url), controls=0)
     report(folder)
     return folder
 
@@ -120,6 +122,42 @@ def test_searching(browser, run):
     assert len(column(browser, "index")) == 12
 
 
+def test_pages_of_answers(browser, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(answers_table, "PAGE", 5)
+    report(run, output=tmp_path / "report.html")
+    open_page(browser, tmp_path / "report.html")
+    page, before, after = (find(browser, f"#{name}") for name in ("place", "previous", "next"))
+    scores = column(browser, "score")
+    assert (len(scores), page.text, before.is_enabled()) == (5, "page 1 of 3", False)
+    for number in (2, 3):
+        after.click()
+        assert page.text == f"page {number} of 3"
+        scores += column(browser, "score")
+    assert len(scores) == 12
+    assert scores == sorted(scores)  # the order goes on over the pages
+    assert not after.is_enabled()
+    before.click()
+    assert page.text == "page 2 of 3"
+    find(browser, "#search").send_keys("Task 7:")  # found wherever it is
+    assert column(browser, "index") == [7]
+    assert not page.is_displayed()
+    assert find(browser, "#shown").text == "1 of 12"
+    assert browser.execute_script("return window.pwned") is None
+    open_page(browser, run / "report.html")  # control: what fits needs no pages
+    assert not find(browser, "#place").is_displayed()
+
+
+def test_the_script_draws_the_rows_that_the_page_came_with(browser, run):
+    open_page(browser, run / "report.html")
+    script = "return document.querySelector('#answers tbody').innerHTML"
+    came = browser.execute_script(script)
+    order = Select(find(browser, "#order"))
+    order.select_by_visible_text("best first")
+    assert browser.execute_script(script) != came
+    order.select_by_visible_text("worst first")
+    assert browser.execute_script(script) == came
+
+
 def test_markup_in_answers_does_nothing_and_nothing_is_loaded(browser, run):
     open_page(browser, run / "report.html")
     assert browser.execute_script("return window.pwned") is None
@@ -133,7 +171,7 @@ def test_markup_in_answers_does_nothing_and_nothing_is_loaded(browser, run):
 
 def test_policy_holds_where_escaping_fails(browser, run, monkeypatch, tmp_path):
     """The second lock: without escaping, the policy still keeps the markup from running."""
-    monkeypatch.setattr(pages, "escape", lambda text: text)
+    monkeypatch.setattr(answers_table, "escape", lambda text: text)
     report(run, output=tmp_path / "report.html")
     open_page(browser, tmp_path / "report.html")
     assert browser.execute_script("return window.pwned") is None
@@ -149,6 +187,30 @@ def test_policy_holds_where_escaping_fails(browser, run, monkeypatch, tmp_path):
 def test_no_sideways_scrolling(browser, run, width):
     open_page(browser, run / "report.html", width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_a_table_that_scrolls_is_shaded_where_it_goes_on(browser, comparison):
+    open_page(browser, comparison / "comparison.html", 360)
+    wide = "const wide = document.querySelector('.wide');"
+    assert browser.execute_script(f"{wide} return wide.scrollWidth > wide.clientWidth")
+    style = browser.execute_script(f"{wide} return getComputedStyle(wide).backgroundAttachment")
+    assert style == "local, local, scroll, scroll"  # covers that move, shades that stay
+
+
+def test_labels_of_charts_are_whole(browser, tmp_path):
+    figure = line_chart("Loss", {"a": [(0, 0.0), (80_000, 80_000.0)]}, "step")
+    page = tmp_path / "chart.html"
+    page.write_text(build_page("Chart", figure, pages.SCRIPT))
+    open_page(browser, page)
+    script = (
+        "const room = document.querySelector('.chart > svg').getBoundingClientRect();"
+        "return [...document.querySelectorAll('.chart > svg text')].map((text) => {"
+        "const box = text.getBoundingClientRect();"
+        "return [text.textContent, box.left >= room.left && box.right <= room.right]})"
+    )
+    labels = dict(browser.execute_script(script))
+    assert labels["80,000"]
+    assert all(labels.values()), labels
 
 
 def test_phone_shows_rows_as_cards(browser, run):
@@ -189,7 +251,7 @@ def test_page_is_whole_without_its_script(browser, run, tmp_path):
 def comparison(run, tmp_path_factory) -> Path:
     other = write_run(tmp_path_factory.mktemp("runs") / "other" / "version_0", seed=9)
     output = tmp_path_factory.mktemp("comparison")
-    compare([run, other], output)
+    compare_answers([run, other], output)
     return output
 
 
@@ -225,7 +287,7 @@ def test_blind_vote_from_clicks_to_compare(browser, run, comparison, downloads, 
     votes.write_text(json.dumps(votes_in(downloads)))
     runs = [run, Path(run).parent]
     runs[1] = write_run(tmp_path / "other" / "version_0", seed=9)
-    compare(runs, tmp_path / "out", votes=votes)
+    compare_answers(runs, tmp_path / "out", votes=votes)
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     rates = result["comparisons"][0]["preferences"]["votes"]
     assert (rates["count"], rates["win_rate"]) == (12, 1.0)

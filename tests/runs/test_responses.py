@@ -1,14 +1,24 @@
-"""Responses files with entries that have no wanted answer: refused, or left out as the run says."""
+"""A responses file is the chapter's, in what it holds and in how it is written.
+
+Entries that have no wanted answer are refused, or left out as the run says.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.runs.responses import RESPONSES_NAME, read_responses
+from lightning_sft.data.entries import Entry, read_entries, split_entries
+from lightning_sft.runs.responses import (
+    RESPONSES_NAME,
+    Response,
+    read_responses,
+    write_responses,
+)
 
 
 @pytest.fixture
@@ -57,3 +67,28 @@ def test_the_runs_own_config_decides(folder: Path, config: str, count: int | Non
         assert len(read_responses(folder)) == count
         with pytest.raises(InputError, match="entry 1: 'output' is blank"):
             read_responses(folder, empty_output="error")
+
+
+def test_the_books_file_is_written_to_the_byte(tmp_path):
+    """From the book's data and the book's answers comes the book's file."""
+    data = os.environ.get("LIGHTNING_SFT_BOOK_DATA")
+    if not data:
+        pytest.skip("LIGHTNING_SFT_BOOK_DATA does not name the book's data")
+    book = Path(data).with_name("instruction-data-with-response.json")
+    entries = split_entries(read_entries(data)).test
+    answers = [record["model_response"] for record in json.loads(book.read_text("utf-8"))]
+    path = tmp_path / "responses.json"
+    write_responses(path, map(Response, entries, answers))
+    assert path.read_bytes() == book.read_bytes()
+    assert "\\u" in path.read_text()  # not every text in it is ASCII
+
+
+def test_what_is_written_is_as_json_dump_of_the_chapter_writes_it(tmp_path):
+    entry = Entry("Translate 'naïve' to Japanese.", "", "ナイーブ 😀")
+    path = tmp_path / "responses.json"
+    write_responses(path, [Response(entry, "“naïve”\n")])
+    record = {"instruction": entry.instruction, "input": "", "output": entry.output}
+    with (tmp_path / "chapter.json").open("w") as file:
+        json.dump([record | {"model_response": "“naïve”\n"}], file, indent=4)
+    assert path.read_bytes() == (tmp_path / "chapter.json").read_bytes()
+    assert read_responses(path) == [Response(entry, "“naïve”\n")]

@@ -312,7 +312,7 @@ def test_completions_logprobs(client):
         (
             "phi3",
             "<|user|>\nBe brief.\n\nOne?\n\n<|assistant|>\n1\n\n"
-            "<|user|>\nTwo?\ntext\n\n<|assistant|>\n",
+            "<|user|>\nTwo? text\n\n<|assistant|>\n",
         ),
         (
             "chatml",
@@ -852,15 +852,15 @@ def test_run_folders_and_bases_that_moved(monkeypatch, tmp_path):
     read: list[tuple[Any, ...]] = []
     shown: dict[str, Any] = {}
 
-    def load(*arguments: Any) -> Any:
-        read.append(arguments)
+    def load(path: str, architecture: Any, style: Any, header: Any, base: Any) -> Any:
+        read.append((path, base))
         return make_talker(), get_style("alpaca")
 
     def build(models: dict[str, Any], *_: Any) -> Any:
         shown.update(models)
         return SimpleNamespace(run=lambda sockets: None, ended_by=0)
 
-    monkeypatch.setattr("lightning_sft.models.ready.load_for_answers", load)
+    monkeypatch.setattr("lightning_sft.decoding.answering.load_for_answers", load)
     monkeypatch.setattr("lightning_sft.serving.server.build_server", build)
     run_folder = tmp_path / "runs" / "mine" / "version_2"
     newest = run_folder / "checkpoints" / "step-000010.ckpt"
@@ -870,10 +870,7 @@ def test_run_folders_and_bases_that_moved(monkeypatch, tmp_path):
     options = ["--compare_ckpt_path", "gpt2-small", "--compare_name", "base", "--port=0"]
     options += ["--weights", "moved.pth", "--compare_weights", "other.pth"]
     assert run("serve", "--ckpt_path", run_folder, *options, "--device=cpu") == 0
-    assert read == [
-        (str(newest), None, None, None, "moved.pth"),
-        ("gpt2-small", None, None, None, "other.pth"),
-    ]
+    assert read == [(str(newest), "moved.pth"), ("gpt2-small", "other.pth")]
     assert list(shown) == ["mine", "base"]
     assert shown["mine"].tokenizer is TOKENIZER
 

@@ -15,9 +15,9 @@ import torch
 
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.tokenizer import gpt2_tokenizer
+from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.decoding.generation import generate
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.serving.context import LoadedModel
 from lightning_sft.serving.serve import listen
 from lightning_sft.serving.server import Server, build_server
 
@@ -80,8 +80,7 @@ def serving(
     models: Mapping[str, GPTModel], style: str | PromptStyle = "alpaca", **settings: Any
 ) -> Iterator[Served]:
     """Run a server around the models; `settings` are `build_server`'s."""
-    tokenizer = gpt2_tokenizer()
-    loaded = {name: LoadedModel(m, get_style(style), tokenizer) for name, m in models.items()}
+    loaded = {name: AnsweringModel(model, get_style(style)) for name, model in models.items()}
     server = build_server(loaded, **settings)
     with listen("127.0.0.1", 0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

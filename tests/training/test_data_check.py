@@ -14,6 +14,7 @@ from lightning_sft import InstructionDataModule, SFTModule
 from lightning_sft.commands.training import use_checkpoint_config
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.prompts import get_style
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.models.lora import LoRAConfig
 from lightning_sft.models.ready import load_for_answers
 from support.runs import TINY, newest_checkpoint, run, write_config, write_data
@@ -27,7 +28,13 @@ OLD_PHI3 = {
 }
 
 
-def meet(tmp_path: Path, stage: str, module: dict[str, Any], data: dict[str, Any]) -> None:
+def meet(
+    tmp_path: Path,
+    stage: str,
+    module: dict[str, Any],
+    data: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Bring a module and a data module together in a plain trainer, for one batch."""
     trainer = L.Trainer(
         accelerator="cpu",
@@ -43,7 +50,8 @@ def meet(tmp_path: Path, stage: str, module: dict[str, Any], data: dict[str, Any
     )
     settings = {"architecture": TINY, "weights": None} | module
     path = str(write_data(tmp_path / "data.json"))
-    loaded = InstructionDataModule(path, batch_size=4, max_length=128, **data)
+    loaded = InstructionDataModule(path, **{"batch_size": 4, "max_length": 128} | data)
+    loaded.tokenizer = tokenizer or loaded.tokenizer
     getattr(trainer, stage)(SFTModule(**settings), datamodule=loaded)
 
 
@@ -59,6 +67,11 @@ def test_other_prompt_styles_are_refused(tmp_path: Path, stage: str) -> None:
 def test_the_same_style_under_another_name_fits(tmp_path: Path) -> None:
     texts = {"instruction": "{instruction}", "input": "+{input}", "header": ">"}
     meet(tmp_path, "fit", {"prompt_style": texts | {"name": "a"}}, {"prompt_style": texts})
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, char_tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"encoded with characters, the model's is gpt2"):
+        meet(tmp_path, "fit", {}, {"max_length": 999}, char_tokenizer)
 
 
 @pytest.mark.parametrize(

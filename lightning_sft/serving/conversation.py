@@ -1,0 +1,78 @@
+"""A conversation → the one prompt that a model trained on single questions is given.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_sft.data.entries import Entry
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.serving.api_error import invalid
+
+
+def render(body: Mapping[str, Any], style: PromptStyle) -> str:
+    """A conversation as the prompt that the model is given.
+
+    The model was trained on single questions. The last message, a user's, is the instruction, and
+    the field `input` its input, laid out exactly as in training. A system (or developer) message
+    comes first and is put in front of the first instruction, an empty line between. Earlier
+    questions and answers stand before, each laid out as one training text, with an empty line
+    behind it (a line break for a style with a closing mark, as ChatML).
+
+    Raises:
+        ApiError: The messages are not in that order, or not text.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise invalid("messages", "must be a list with at least one message")
+    turns = [_read_message(message, place) for place, message in enumerate(messages)]
+    system = ""
+    if turns[0][0] in ("system", "developer"):
+        system = turns.pop(0)[1]
+    expected = ["assistant" if place % 2 else "user" for place in range(len(turns))]
+    if [role for role, _ in turns] != expected or len(turns) % 2 == 0:
+        raise invalid(
+            "messages",
+            "must be at most one system message, then user and assistant in turn, a user's last",
+        )
+    given = body.get("input", "")
+    if not isinstance(given, str):
+        raise invalid("input", "must be a string")
+    texts = [text for _, text in turns]
+    if system:
+        texts[0] = f"{system}\n\n{texts[0]}"
+    earlier = "".join(
+        "".join(style.split(Entry(question, "", answer))) + style.turn_end
+        for question, answer in zip(texts[0:-1:2], texts[1::2], strict=True)
+    )
+    return earlier + style.prompt(Entry(texts[-1], given, ""))
+
+
+def _read_message(message: Any, place: int) -> tuple[str, str]:
+    """Role and text; a list of text parts is joined."""
+    name = f"messages[{place}]"
+    if not isinstance(message, dict):
+        raise invalid(name, "must be an object with role and content")
+    extra = {key for key, value in message.items() if value not in (None, [], {})}
+    if extra - {"role", "content"}:
+        raise invalid(f"{name}.{min(extra - {'role', 'content'}):.100}", "is not supported here")
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise invalid(f"{name}.role", "must be system, developer, user or assistant")
+    if isinstance(content, list):
+        if not all(
+            isinstance(part, dict)
+            and part.get("type") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            raise invalid(f"{name}.content", "may hold parts of type text only")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise invalid(f"{name}.content", "must be a string or a list of text parts")
+    if role == "user" and not content.strip():
+        raise invalid(f"{name}.content", "is empty")
+    return role, content
