@@ -10,7 +10,6 @@ same three loaders.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import lightning as L
@@ -21,14 +20,18 @@ from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
 from lightning_sft.data.counting import SplitCounts, check_answers, count_split, describe_training
 from lightning_sft.data.entries import Entry, Splits, local_path
 from lightning_sft.data.hf_tokenizer import HFTokenizer
-from lightning_sft.data.loader import Batch, EvalLoader, TrainLoader, accumulation_plan
+from lightning_sft.data.loader import (
+    Batch,
+    EvalLoader,
+    TrainLoader,
+    accumulation_plan,
+    check_workers,
+)
 from lightning_sft.data.order import epoch_order
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.rows import TokenRows, fit_to_length
 from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
-
-WORKERS_PER_PROCESSOR = 16  # more than this is a slip of the finger, and would fill the machine
 
 
 class InstructionDataModule(L.LightningDataModule):
@@ -132,12 +135,8 @@ class InstructionDataModule(L.LightningDataModule):
             InputError: The data is wrong, or teaches no answers, or there are far more workers
                 than processors.
         """
-        most = WORKERS_PER_PROCESSOR * (os.cpu_count() or 1)
-        if stage is not None and self.config.num_workers > most:
-            raise InputError(
-                f"data.num_workers: {self.config.num_workers} is more than {most}, which is "
-                f"{WORKERS_PER_PROCESSOR} for each processor of this machine"
-            )
+        if stage is not None:
+            check_workers(self.config.num_workers)  # before anything is read
         self._adopt_tokenizer()
         if self._data is None:
             self._data = self.config.read(require_output=stage != "predict")

@@ -12,6 +12,7 @@ the loader follows says at each pass how many micro-batches make a step and an e
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_sft.data.order import BatchOrder, MicroBatch, deal, sum_batches, 
 from lightning_sft.data.rows import Row
 
 Batch = dict[str, Any]
+WORKERS_PER_CPU = 8  # more help nobody, and each takes memory
 
 
 class _Rows(Dataset[Row]):
@@ -77,6 +79,7 @@ class TrainLoader:
             raise InputError(
                 f"trainer.accumulate_grad_batches: {accumulate} is not allowed; it must be >= 1"
             )
+        check_workers(num_workers)
         self.rows, self.collate = rows, collate
         self.num_targets, self.num_tokens = num_targets, num_tokens
         self.order = BatchOrder(
@@ -195,6 +198,7 @@ class EvalLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        check_workers(num_workers)
         together = batch_size * world_size
         places = list(range(len(rows)))  # in file order: nothing is learned from these batches
         chunks = [places[k : k + together] for k in range(0, len(places), together)]
@@ -213,3 +217,17 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
+
+
+def check_workers(num_workers: int) -> None:
+    """Refuse to start more worker processes than this machine could ever use.
+
+    Raises:
+        InputError: More than `WORKERS_PER_CPU` for each of its processors.
+    """
+    most = WORKERS_PER_CPU * (os.cpu_count() or 1)
+    if num_workers > most:
+        raise InputError(
+            f"data.num_workers: {num_workers} is not allowed; at most {most} here "
+            f"({WORKERS_PER_CPU} a processor)"
+        )

@@ -94,7 +94,11 @@ def restrict_imports(allowed: Sequence[str]) -> None:
 
 
 # What Lightning and torch say that a user of this tool can do nothing about.
-USELESS_LOGS = ("💡 Tip:", "TPU available")
+USELESS_LOGS = (
+    "💡 Tip:",
+    "TPU available",
+    "Trainer already configured with model summary callbacks",
+)
 USELESS_WARNINGS = (
     "does not have many workers",
     "sync_dist=True",  # TokenLoss has summed up

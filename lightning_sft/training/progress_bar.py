@@ -20,9 +20,13 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 20)
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        bar = self.train_progress_bar
+        hidden, bar.disable = bar.disable, True  # not to show Lightning's own count first
         super().on_train_epoch_start(trainer, *args)
+        bar.disable = hidden
         last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}{last}")
+        bar.set_description(f"Epoch {trainer.current_epoch + 1}{last}", refresh=False)
+        bar.reset()
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)

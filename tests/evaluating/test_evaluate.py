@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.evaluating import evaluate as evaluate_module
 from lightning_sft.evaluating.evaluate import result_rows, write_alpaca_eval
@@ -210,7 +211,7 @@ def test_without_lm_eval_it_is_said_what_to_install(monkeypatch, capsys):
         lambda name, *rest: None if name == "lm_eval" else right(name, *rest),
     )
     assert run("evaluate", "--ckpt_path", "any.ckpt", "--tasks", "arc_easy") == 2
-    assert 'pip install "lightning-sft[eval]"' in capsys.readouterr().err
+    assert files.install_command("eval") in capsys.readouterr().err
 
 
 def test_a_run_folder_and_a_base_that_moved(monkeypatch, tmp_path, capsys):

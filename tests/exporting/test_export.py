@@ -21,6 +21,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.entries import Entry, read_entries
 from lightning_sft.data.prompts import get_style
@@ -679,7 +680,7 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, make_model, caps
         assert len(said.splitlines()) == 1
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert export_to(tmp_path / "out", trained, "--format", "gguf") == 2
-    assert 'pip install "lightning-sft[gguf]"' in capsys.readouterr().err
+    assert files.install_command("gguf") in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
     monkeypatch.undo()
     assert export_to(tmp_path / "out", *small, "pth", "--verify") == 0  # control

@@ -498,7 +498,7 @@ def test_openais_files_when_the_hub_fails(hub, tmp_path, monkeypatch, host):
 def test_openais_files_need_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     (tmp_path / "model.ckpt.index").write_bytes(b"x")
-    assert 'pip install "lightning-sft[openai]"' in refusal(tmp_path)
+    assert files.install_command("openai") in refusal(tmp_path)
 
 
 def test_download_command_tells_what_it_did(hub, tmp_path, capsys, monkeypatch):

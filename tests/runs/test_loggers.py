@@ -120,3 +120,20 @@ def read_events(folder: Path) -> dict[str, list[int]]:
     """Tag → the steps that TensorBoard's own server shows, sample answers included."""
     events = EventAccumulator(str(folder)).Reload()
     return {tag: [e.step for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+
+
+def test_the_terminal_counts_epochs_from_1_and_shows_nothing_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(
+        tmp_path, trainer__max_steps=9, trainer__enable_progress_bar=True, samples__indices=[]
+    )
+    shown = {"--trainer.enable_model_summary=true", "--loss_curve.every_n_steps=0"}
+    with caplog.at_level("INFO"):
+        assert run("fit", "--config", config, *shown) == 0
+    said = "".join(capsys.readouterr()) + caplog.text
+    assert "Epoch 1/2: " in said
+    assert "Epoch 2/2: " in said
+    assert "3,246,016 parameters, 3,246,016 of them trained" in said
+    for text in ("Epoch 0", "v_num", "FLOPs", "Flops", "already configured"):
+        assert text not in said, text
