@@ -14,6 +14,7 @@ from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import STYLES, get_style
 from lightning_sft.data.rows import tokenize
 from lightning_sft.data.tokenizer import gpt2_tokenizer
+from lightning_sft.serving.conversation import render
 from support.tiny_run import byte_ids, write_tiny_gguf, write_tokenizer
 
 END, IM_START, IM_END, BEGIN, EOT, HEAD, HEAD_END, THINK, THINK_END = range(256, 265)
@@ -84,6 +85,24 @@ def test_a_header_that_ends_the_answer_is_refused(tmp_path):
     check_style(style, gpt2_tokenizer())
     with pytest.raises(InputError, match=r"^header_in_prompt: the header of chatml holds this mod"):
         check_style(style, make(tmp_path))
+
+
+def test_a_served_conversation_is_laid_out_turn_by_turn(tmp_path):
+    tokenizer = make(tmp_path, eos="<|eot_id|>", bos="<|begin_of_text|>")
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes<|eot_id|>"},
+        {"role": "user", "content": "Bye"},
+    ]
+    ids = encode_question(render({"messages": messages}, get_style("llama3")), tokenizer)
+
+    def turn(role: str, text: str) -> list[int]:
+        return [HEAD, *byte_ids(role), HEAD_END, *byte_ids("\n\n" + text)]
+
+    assert ids == [
+        BEGIN, *turn("user", "Hi"), EOT, *turn("assistant", "Yes<|eot_id|>"), EOT,
+        *turn("user", "Bye"), EOT, *turn("assistant", ""),
+    ]  # fmt: skip
 
 
 # --- Where a tokenizer is found ---

@@ -16,7 +16,15 @@ from lightning_sft import InstructionDataModule, SFTModule, load_model
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.models.llama import LlamaModel
-from support.runs import load, newest_checkpoint, read_metrics, run, write_config, write_data
+from support.runs import (
+    load,
+    newest_checkpoint,
+    read_metrics,
+    run,
+    spawn,
+    write_config,
+    write_data,
+)
 from support.tiny_run import CONFIG, make_tiny, write_hf, write_tiny_gguf
 
 SETTINGS = {"model__architecture": "auto", "data__prompt_style": "chatml"}
@@ -121,6 +129,22 @@ def test_from_python_the_data_takes_the_models_tokenizer(tmp_path):
     ).fit(module, data)  # fmt: skip
     assert data.tokenizer is module.tokenizer
     assert isinstance(module.network, LlamaModel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_processes_train_as_one(tmp_path, strategy):
+    config = write_run(tmp_path, write_hf(tmp_path / "hf"), trainer__max_steps=4)
+    assert run("fit", "--config", config) == 0
+    options = ["--trainer.strategy", strategy, "--trainer.devices", 2, "--data.batch_size", 2]
+    process = spawn("fit", "--config", config, *options, cwd=tmp_path, forked=False)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    one, two = (
+        read_metrics(tmp_path / "runs" / "tiny" / f"version_{number}", "train_loss")
+        for number in (0, 1)
+    )
+    assert two == pytest.approx(one, abs=1e-5)
 
 
 # --- transformers ---
