@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_sft.decoding.generation import GenerationConfig, generate
     from lightning_sft.models.cache import KVCache
     from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+    from lightning_sft.models.llama import LlamaModel
+    from lightning_sft.models.llama_config import LlamaConfig
     from lightning_sft.models.loading import load_pretrained
     from lightning_sft.training.callbacks import LossCurve, SampleResponses
     from lightning_sft.training.checkpoint import FinalWeights
@@ -36,6 +38,8 @@ __all__ = [
     "GenerationConfig",
     "InstructionDataModule",
     "KVCache",
+    "LlamaConfig",
+    "LlamaModel",
     "LossCurve",
     "RunFolder",
     "SFTModule",
@@ -62,6 +66,8 @@ _OWNERS = {
     "GPTModel": "models.gpt2",
     "InstructionDataModule": "data.datamodule",
     "KVCache": "models.cache",
+    "LlamaConfig": "models.llama_config",
+    "LlamaModel": "models.llama",
     "RunFolder": "training.loggers",
     "SFTModule": "training.module",
     "ShardedStrategy": "training.sharding",

@@ -33,6 +33,7 @@ from lightning_sft.data.counting import (
     limit_batches,
     measure_batch,
 )
+from lightning_sft.data.encoding import check_style
 from lightning_sft.data.entries import Splits
 from lightning_sft.data.faults import (
     find_faults,
@@ -42,12 +43,13 @@ from lightning_sft.data.faults import (
     find_repeats,
     write_clean,
 )
+from lightning_sft.data.find_tokenizer import tokenizer_of_model
 from lightning_sft.data.order import BatchOrder, row_places
 from lightning_sft.data.rows import TokenRows, fit_to_length
 from lightning_sft.data.token_cache import tokenize_entries
-from lightning_sft.data.tokenizer import gpt2_tokenizer
 
 SUMMARY = "show what the model will see of the data"
+MODEL_KEYS = ("architecture", "weights", "tokenizer")
 BARS = 12  # of the histogram
 BAR_WIDTH = 40
 
@@ -66,7 +68,9 @@ def inspect(arguments: list[str]) -> int:
         IncompleteError: `--strict`, and there are findings.
     """
     config, options = _parse(arguments)
-    style, tokenizer = config.style(), gpt2_tokenizer()
+    style = config.style()
+    tokenizer = tokenizer_of_model({key: options.model[key] for key in MODEL_KEYS})
+    check_style(style, tokenizer)
     data = config.read()
     splits = data.splits
     rows = {
@@ -132,12 +136,16 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Any]:
     parser.add_argument("--trainer.accumulate_grad_batches", type=int, default=1)
     parser.add_argument("--trainer.devices", type=list[int] | str | int, default=1)
     parser.add_class_arguments(DataConfig, "data")
+    for key in MODEL_KEYS:  # they say which tokenizer it is
+        parser.add_argument(f"--model.{key}", type=Any, default=None)
     layers, rest = read_layers(arguments)
     known = option_names(parser)
     sections = ("seed_everything", "data")
     given = {name: layers[name] for name in sections if layers.get(name) is not None}
     trainer = layers.get("trainer") or {}
     given["trainer"] = {k: v for k, v in trainer.items() if f"trainer.{k}" in known}
+    model = layers.get("model") or {}
+    given["model"] = {key: model[key] for key in MODEL_KEYS if key in model}
     rest = drop_options(rest, known)
     try:
         settings = parser.parse_args(rest, namespace=parser.parse_object(given))

@@ -25,6 +25,7 @@ from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
 from lightning_sft.common.parser_messages import explain
 from lightning_sft.data.datamodule import InstructionDataModule
+from lightning_sft.data.find_tokenizer import tokenizer_folder
 from lightning_sft.data.prompts import style_of_run
 from lightning_sft.data.records import read_records
 from lightning_sft.judging.metrics import exact_match, token_f1
@@ -144,13 +145,16 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
         return arguments
     if (run := run_of(checkpoint)) is not None:
         merged = [] if is_checkpoint else _describe_merged(run / "config.yaml")
+        if tokenizer_folder(checkpoint) == run:
+            merged.append(f"--model.tokenizer={run}")
         return [f"--config={run / 'config.yaml'}", *merged, *arguments]
     if not is_checkpoint:
         raise InputError(f"ckpt_path: {path} does not say its architecture; give --config")
     hparams = read_checkpoint(checkpoint)["hyper_parameters"]
-    base = []
+    source = hparams.get("tokenizer")
+    base = [f"--model.tokenizer={source}"] if source else []
     if (adapted := saved_config(hparams)) is not None:
-        base = [
+        base += [
             f"--model.lora={json.dumps(adapted.as_dict())}",
             f"--model.weights={hparams.get('weights') or 'null'}",
             f"--seed_everything={hparams.get('seed', 123)}",

@@ -47,7 +47,8 @@ class DataConfig:
         field_names: The file's names where they differ, e.g. `{input: context}`.
         fractions: Shares of train, test and validation, in file order, of `path`.
         empty_output: Whether an entry without an answer is refused (error) or left out (skip).
-        prompt_style: `alpaca`, `phi3`, `chatml`, or a mapping with instruction, input and header.
+        prompt_style: `alpaca`, `phi3`, `chatml`, `llama3`, `qwen3`, or a mapping with instruction,
+            input and header.
         header_in_prompt: Whether the response header is given (true) or generated (false).
         mask_prompt: Loss on the answer alone (exercise 7.2).
         max_length: Most tokens of a row.

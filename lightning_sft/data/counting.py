@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.config import DataConfig
-from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.encoding import encode_pieces
+from lightning_sft.data.prompts import PromptStyle, Template
 from lightning_sft.data.rows import TokenRows
 from lightning_sft.data.tokenizer import Tokenizer
 
@@ -59,7 +60,9 @@ def count_split(
     too_long = rows.lengths > config.max_length
     is_used = ~too_long if config.overlong == "drop" else np.ones(len(rows), bool)
     # A header that the model writes itself stands between the prompt and the answer proper.
-    header = 0 if style.header_in_prompt else len(tokenizer.encode(style.header))
+    header = (
+        0 if style.header_in_prompt else len(encode_pieces([Template(style.header)], tokenizer))
+    )
     # The last target of a cut row is the token in place `max_length`, counted from 0.
     answerless = is_used & too_long & (rows.prompt_lengths + header > config.max_length)
     return SplitCounts(

@@ -19,6 +19,7 @@ from lightning_sft.data.batching import BatchMaker, collate_prompts
 from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
 from lightning_sft.data.counting import SplitCounts, check_answers, count_split, describe_training
 from lightning_sft.data.entries import Entry, Splits, local_path
+from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.loader import (
     Batch,
     EvalLoader,
@@ -65,7 +66,8 @@ class InstructionDataModule(L.LightningDataModule):
         self.batch_size = self.config.batch_size
         self.seed, self.predict_batch_size = seed, predict_batch_size
         self.style: PromptStyle = self.config.style()
-        # Another model family's tokenizer goes here, before the first loader is made.
+        # Another model family's is taken from the trainer's module, or set here by hand before
+        # the first loader is made.
         self.tokenizer: Tokenizer = gpt2_tokenizer()
         self.answered: frozenset[int] = frozenset()  # entries that `predict` need not answer again
         self._data: DataSet | None = None
@@ -135,6 +137,7 @@ class InstructionDataModule(L.LightningDataModule):
         """
         if stage is not None:
             check_workers(self.config.num_workers)  # before anything is read
+        self._adopt_tokenizer()
         if self._data is None:
             self._data = self.config.read(require_output=stage != "predict")
             self._say(*describe_skipped(self._data.skipped))
@@ -143,6 +146,14 @@ class InstructionDataModule(L.LightningDataModule):
         if stage == "fit":
             counts = self.count("train"), self.count("val")
             self._say(*describe_training(*counts, len(self.split("test")), self.config))
+
+    def _adopt_tokenizer(self) -> None:
+        """The one that came with the model's weights, unless rows are made or one was set."""
+        module = self.trainer.lightning_module if self.trainer else None
+        theirs = getattr(module, "tokenizer", None)
+        is_untouched = not self._rows and self.tokenizer is gpt2_tokenizer()
+        if is_untouched and isinstance(theirs, HFTokenizer):
+            self.tokenizer = theirs
 
     @property
     def entries(self) -> Splits:

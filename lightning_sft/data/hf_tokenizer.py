@@ -20,7 +20,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
@@ -55,7 +64,7 @@ class HFTokenizer:
 
     Args:
         tokenizer: Of the library.
-        name: Different for different vocabularies; what is kept of tokenized text goes by it.
+        source: Where it is from, for messages.
         eos_token: The token that ends an answer.
         bos_token: The token that every row begins with, if the model wants one.
         chat_template: The model's own, in Jinja.
@@ -67,13 +76,13 @@ class HFTokenizer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        name: str,
+        source: str,
         eos_token: str,
         bos_token: str | None = None,
         chat_template: str | None = None,
     ) -> None:
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-            raise InputError(f"tokenizer: {name} is not byte-level, the only kind supported")
+            raise InputError(f"tokenizer: {source} is not byte-level, the only kind supported")
         # Special tokens in text are text. What is merely an added word, such as Qwen's <think>,
         # stays one token, as everywhere else.
         tokenizer.encode_special_tokens = True
@@ -81,8 +90,12 @@ class HFTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._byte_of = byte_alphabet()
-        self.name = name
+        # Different for different vocabularies: what is kept of tokenized text goes by it. Taken of
+        # the library's own writing, it is the same again for what `save` wrote.
+        content = f"{tokenizer.to_str()}{eos_token}{bos_token}"
+        self.name = f"bpe-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         self.chat_template = chat_template
+        self.facts = {"eos_token": eos_token, "bos_token": bos_token}
         self.special_tokens = {
             token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
         }
@@ -114,7 +127,7 @@ class HFTokenizer:
         begin = tokenizer.encode("", add_special_tokens=True).tokens  # what is put around a text
         return cls(
             tokenizer,
-            f"json-{hashlib.sha256(content).hexdigest()[:16]}",
+            str(path),
             eos_token,
             bos_token if bos_token in begin[:1] else None,
             template if isinstance(template, str) else None,
@@ -154,14 +167,28 @@ class HFTokenizer:
                 is_special = kind == _CONTROL
                 tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
         begins = facts.get("tokenizer.ggml.add_bos_token", is_llama3)
-        digest = hashlib.sha256("\n".join([*tokens, *merges]).encode()).hexdigest()
+        begin = tokens[_fact(facts, "bos_token_id")] if begins else None
+        if begin is not None:  # for whoever reads what `save` writes
+            known = [(begin, tokenizer.token_to_id(begin))]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=known
+            )
         return cls(
             tokenizer,
-            f"{cut}-{digest[:16]}",
+            "GGUF",
             tokens[_fact(facts, "eos_token_id")],
-            tokens[_fact(facts, "bos_token_id")] if begins else None,
+            begin,
             facts.get("tokenizer.chat_template"),
         )
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `from_folder` reads again."""
+        facts = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.facts
+        facts["chat_template"] = self.chat_template
+        known = {name: value for name, value in facts.items() if value is not None}
+        with files.atomic_write(folder / "tokenizer.json") as file:
+            file.write(self._tokenizer.to_str())
+        files.write_json(folder / "tokenizer_config.json", known)
 
     def token_id(self, token: str) -> int:
         """The id of a special token, by its name.

@@ -32,6 +32,10 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
 
 
+class Template(str):
+    """Text that a style puts around a user's. Only here does `<|im_end|>` name a special token."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptStyle:
     """How an entry is laid out as text.
@@ -61,18 +65,28 @@ class PromptStyle:
     def split(self, entry: Entry) -> tuple[str, str]:
         """The two texts whose concatenation is the whole training text."""
         # Listing 7.2. Not `str.format`: braces in an entry's own text are text.
-        question = self.instruction.replace("{instruction}", entry.instruction)
+        prompt, response = self.pieces(entry)
+        return "".join(map(str, prompt)), "".join(map(str, response))
+
+    def pieces(self, entry: Entry) -> tuple[list[str], list[str]]:
+        """`split`'s two texts in pieces, so that the style's own words are known from a user's."""
+        before, after = map(Template, self.instruction.split("{instruction}"))
+        question = [before, entry.instruction, after]
         if entry.input:  # figure 7.4: without one its heading is left out as well
-            question += self.input.replace("{input}", entry.input)
-        answer = entry.output + self.end
+            before, after = map(Template, self.input.split("{input}"))
+            question += [before, entry.input, after]
+        answer, header = [entry.output, Template(self.end)], [Template(self.header)]
         # Whoever supplies the header decides where masking and generation begin.
         if self.header_in_prompt:
-            return question + self.header, answer
-        return question, self.header + answer
+            return question + header, answer
+        return question, header + answer
 
     @property
     def turn_end(self) -> str:
         """What parts a finished answer from the next question of a conversation."""
+        if self.end and self.header.startswith(self.end):  # a question ends as an answer does
+            rest = self.header.removeprefix(self.end)
+            return rest[: len(rest) - len(rest.lstrip())]
         return "\n" if self.end else "\n\n"
 
     def prompt(self, entry: Entry) -> str:
@@ -177,6 +191,22 @@ STYLES = {
             instruction="<|im_start|>user\n{instruction}",
             input="\n{input}",
             header="<|im_end|>\n<|im_start|>assistant\n",
+            end="<|im_end|>",
+        ),
+        # Llama 3.2's and Qwen3's own templates, without a system message, and Qwen3's without
+        # thinking. A tokenizer that lacks their markers reads them as plain text.
+        PromptStyle(
+            name="llama3",
+            instruction="<|start_header_id|>user<|end_header_id|>\n\n{instruction}",
+            input="\n\n{input}",
+            header="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            end="<|eot_id|>",
+        ),
+        PromptStyle(
+            name="qwen3",
+            instruction="<|im_start|>user\n{instruction}",
+            input="\n{input}",
+            header="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
             end="<|im_end|>",
         ),
     )

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.encoding import encode_prompt, encode_response
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.tokenizer import Tokenizer
@@ -42,15 +43,14 @@ class Row(NamedTuple):
 def tokenize(entry: Entry, style: PromptStyle, tokenizer: Tokenizer, index: int = 0) -> Row:
     """Encode prompt and response apart and join them, so that the boundary is known.
 
-    On the chapter's 1,100 entries the joined ids equal those of the whole text, for every built-in
-    style. Two cases differ elsewhere: an answer that opens with a newline, which GPT-2's splitting
-    would merge with the header's, and `chatml` with `header_in_prompt: false`, where the whole text
-    would merge a closing full stop with the `<` of `<|im_end|>`.
+    On the chapter's 1,100 entries the joined ids equal those of the whole text, for GPT-2 and the
+    styles that are meant for it. Two cases differ elsewhere: an answer that opens with a newline,
+    which GPT-2's splitting would merge with the header's, and `chatml` with `header_in_prompt:
+    false`, where the whole text would merge a closing full stop with the `<` of `<|im_end|>`.
     """
-    prompt, response = style.split(entry)
-    prompt_ids = tokenizer.encode(prompt)
+    prompt_ids = encode_prompt(entry, style, tokenizer)
     # Encoded as one text, a token could span the boundary, and the mask would cut through it.
-    return Row(prompt_ids + tokenizer.encode(response), len(prompt_ids), index)
+    return Row(prompt_ids + encode_response(entry, style, tokenizer), len(prompt_ids), index)
 
 
 @dataclass(frozen=True)

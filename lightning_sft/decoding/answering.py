@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.encoding import check_style, encode_prompt
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.decoding.generation import GenerationConfig, decode, generate
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.ready import choose_device, load_for_answers
-from lightning_sft.models.registry import family_of
+from lightning_sft.models.tokenizer import find_answer_tokenizer, find_tokenizer
 from lightning_sft.runs.run_folder import checkpoint_in
 
 
@@ -42,7 +43,7 @@ class AnsweringModel:
         self, model: GPTModel, style: PromptStyle, tokenizer: Tokenizer | None = None
     ) -> None:
         self.model, self.style = model, style
-        self.tokenizer = tokenizer or family_of(model.config).tokenizer()
+        self.tokenizer = tokenizer or find_tokenizer(model.config, None, None)
 
     @overload
     def answer(self, instruction: str, input: str = "", **generation: Any) -> str: ...
@@ -98,7 +99,7 @@ class AnsweringModel:
 
     def _encode(self, entry: str | Entry) -> list[int]:
         entry = Entry(entry, "", "") if isinstance(entry, str) else entry
-        return self.tokenizer.encode(self.style.prompt(entry))
+        return encode_prompt(entry, self.style, self.tokenizer)
 
 
 def load_model(
@@ -123,11 +124,12 @@ def load_model(
         InputError: No such model, a damaged file, or one that does not say its architecture.
         ServiceError: A named model is neither in the cache nor to be had.
     """
-    model, style = load_for_answers(
-        str(checkpoint_in(os.fspath(path))), architecture, prompt_style, header_in_prompt, weights
-    )
+    file = str(checkpoint_in(os.fspath(path)))
+    model, style = load_for_answers(file, architecture, prompt_style, header_in_prompt, weights)
+    tokenizer = find_answer_tokenizer(model.config, file)
+    check_style(style, tokenizer)
     model.to(choose_device(device))
-    return AnsweringModel(model, style)
+    return AnsweringModel(model, style, tokenizer)
 
 
 def _settings(generation: dict[str, Any]) -> GenerationConfig:

@@ -70,8 +70,7 @@ def generate(
     """
     config = GenerationConfig(max_new_tokens, temperature, top_k, top_p, batch_size, seed)
     check_prompts(prompts, model.config.context_length)
-    own = family_of(model.config).tokenizer().eos_token_id
-    eos = own if eos_token_id == "own" else eos_token_id
+    eos = _own_end(model) if eos_token_id == "own" else eos_token_id
     answers: list[list[int]] = [[] for _ in prompts]
     # Rows of one batch attend over as many places as the longest has: equal lengths waste least.
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
@@ -85,6 +84,13 @@ def generate(
                 elif on_answer is not None:
                     on_answer(places[row], answers[places[row]])
     return answers
+
+
+def _own_end(model: GPTModel) -> int:
+    tokenizer = family_of(model.config).tokenizer
+    if tokenizer is None:
+        raise InputError("generate: give the tokenizer's eos_token_id; this model has none alone")
+    return tokenizer().eos_token_id
 
 
 def decode(

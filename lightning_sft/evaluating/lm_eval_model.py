@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.chat_template import jinja_template
+from lightning_sft.data.encoding import special_tokens
 from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.evaluating.likelihood import Progress, Request, generate_until, loglikelihoods
@@ -36,6 +37,11 @@ class EvalModel(TemplateLM):
 
     def __init__(self, model: AnsweringModel, batch_size: int = 16) -> None:
         super().__init__()
+        if special_tokens(model.tokenizer):
+            raise InputError(
+                "evaluate: benchmarks are asked of GPT-2 only so far; this model's special tokens "
+                "have no place in lm-eval's texts yet"
+            )
         self.model, self.style, self.batch_size = model.model, model.style, batch_size
         self.bpe = model.tokenizer  # under `tokenizer`, lm-eval expects one of transformers
 

@@ -28,7 +28,7 @@ from lightning_sft.exporting.export_hf import write_hf
 from lightning_sft.exporting.exported_program import our_program
 from lightning_sft.exporting.model_card import model_card
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
-from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.origin import Origin, read_origin
 from lightning_sft.models.ready import load_for_answers
@@ -96,6 +96,11 @@ def export(
     model, style = load_for_answers(
         ckpt_path, architecture, prompt_style, header_in_prompt, weights
     )
+    if not isinstance(model.config, GPTConfig):
+        raise InputError(
+            "export: only GPT-2 is exported so far; the .pth in a run's folder is this model as "
+            "the book saves it"
+        )
     with new_folder(out) as folder:
         file = _write(model, style, origin, format, gguf_type, folder)
         card = model_card(model.config, style, origin, format, file)

@@ -28,6 +28,7 @@ SETTING_KINDS: dict[str, type | tuple[type, ...]] = {
     "weights": (str, type(None)),
     "generation": (dict, type(None)),
     "seed": int,
+    "tokenizer": (str, type(None)),
 }
 
 

@@ -23,7 +23,8 @@ from lightning_sft.common import files
 from lightning_sft.common.downloads import download
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.common.files import MOST_SMALL, cache_dir, read_json, sha256_of
-from lightning_sft.models.registry import MODEL_SIZES, REPOSITORIES
+from lightning_sft.models.gguf_file import read_gguf
+from lightning_sft.models.registry import FAMILIES, MODEL_SIZES, REPOSITORIES
 from lightning_sft.models.tensor_files import map_safetensors, read_safetensors, read_torch
 
 HUB = "https://huggingface.co"  # $HF_ENDPOINT names a mirror
@@ -50,12 +51,23 @@ def find_weights(source: str) -> Path:
         return path
     names = {repository: name for name, repository in REPOSITORIES.items()}
     name = names.get(source, source)
+    _refuse_unfetched(source)
     if name not in REPOSITORIES:
         raise InputError(
             f"weights: {source!r} is neither a file nor a folder nor one of "
             f"{', '.join(REPOSITORIES)}"
         )
     return fetch_weights(name)
+
+
+def _refuse_unfetched(source: str) -> None:
+    for family in FAMILIES:
+        for name, repository in family.repositories.items():
+            if source in (name, repository) and name not in REPOSITORIES:
+                raise InputError(
+                    f"weights: {source!r} is not fetched by its name yet; download the repository "
+                    f"{repository} and give its folder, or a GGUF of it"
+                )
 
 
 def locate(source: str | None) -> str | None:
@@ -146,6 +158,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ".pth": _read_state_dict,
         ".pt": _read_state_dict,
         ".ckpt": _read_state_dict,
+        ".gguf": lambda path: read_gguf(path)[1],
     }
     if path.suffix not in readers:
         raise InputError(f"{path}: not a weights file; allowed: a folder, {', '.join(readers)}")

@@ -82,6 +82,20 @@ def config_from_gguf(
     return config if factors is None else _with_scaling(config, factors)
 
 
+def read_gguf_config(path: Path) -> LlamaConfig | GPTConfig:
+    """The configuration of a file, whose tensors are left unread.
+
+    Raises:
+        InputError: A damaged file or another architecture.
+    """
+    header = read_gguf_header(path)
+    factors = None
+    if (place := header.tensors.get(_ROPE_FACTORS)) is not None:
+        content = np.memmap(path, np.uint8, mode="r")
+        factors = _read_tensor(content, place, f"{path}: {_ROPE_FACTORS}")
+    return config_from_gguf(header, factors)
+
+
 def read_gguf(path: Path) -> tuple[LlamaConfig | GPTConfig, dict[str, torch.Tensor]]:
     """Configuration and tensors of a file; the latter under Hugging Face's names.
 

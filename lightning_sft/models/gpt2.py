@@ -205,13 +205,6 @@ class TransformerBlock(nn.Module):
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
-def run_block(
-    block: TransformerBlock, x: torch.Tensor, layout: PackedLayout | None
-) -> torch.Tensor:
-    """A block in training, as one function that is compiled once for all blocks."""
-    return block(x, layout)
-
-
 class GPTModel(nn.Module):
     """GPT-2: embeddings, a stack of blocks, a final norm and a linear head over the vocabulary.
 

@@ -166,13 +166,6 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
-def run_block(
-    block: TransformerBlock, x: torch.Tensor, rotation: Rotation, layout: PackedLayout | None
-) -> torch.Tensor:
-    """A block in training, as one function that is compiled once for all blocks."""
-    return block(x, rotation, layout)
-
-
 class LlamaModel(nn.Module):
     """Embeddings, a stack of blocks, a final norm and a linear head over the vocabulary."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.models.files import find_weights, read_tensors
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.gpt2_weights import count_layers
-from lightning_sft.models.registry import ARCHITECTURES, MODEL_SIZES, family_of
+from lightning_sft.models.registry import ARCHITECTURES, GPT2, MODEL_SIZES, family_of
 from lightning_sft.models.tensor_files import check_finite
 
 Tensors = Mapping[str, torch.Tensor]
@@ -65,6 +66,12 @@ def fill(model: GPTModel, tensors: Tensors, path: Path) -> None:
             check_finite([(name, parameter)], path)  # here, as a conversion may overflow
 
 
+def make_model(config: Any) -> Any:
+    """The model of a configuration, on the meta device."""
+    with torch.device("meta"):  # shapes alone: no memory, and no random numbers that go unused
+        return family_of(config).model(config)
+
+
 def load_pretrained(name: str) -> GPTModel:
     """A named model with its published weights.
 
@@ -75,10 +82,9 @@ def load_pretrained(name: str) -> GPTModel:
         InputError: Unknown name.
         ServiceError: The weights are neither in the cache nor to be had.
     """
-    if name not in ARCHITECTURES:
-        raise InputError(f"weights: unknown {name!r}; allowed: {', '.join(ARCHITECTURES)}")
-    with torch.device("meta"):
-        model = GPTModel(ARCHITECTURES[name])
+    if name not in GPT2.sizes:
+        raise InputError(f"weights: unknown {name!r}; allowed: {', '.join(GPT2.sizes)}")
+    model = make_model(GPT2.sizes[name])
     load_weights(model, name)
     return model
 
@@ -100,8 +106,9 @@ def _fit(tensors: Tensors, model: GPTModel, path: Path) -> dict[str, torch.Tenso
             f"{path}: holds LoRA adapters and not the weights they belong to; give the merged "
             "weights, the .pth in the folder of their run"
         )
-    if "tok_emb.weight" not in state:  # not the book's names, so Hugging Face's
-        state = family.from_hf(state, model.config)
+    # Either the book's names or Hugging Face's.
+    rename = family.from_book if "tok_emb.weight" in state else family.from_hf
+    state = rename(state, model.config)
     head = state.pop("out_head.weight", state.get("tok_emb.weight"))  # without one: the embedding
     if head is not None and not model.config.tie_embeddings:
         state["out_head.weight"] = head
@@ -154,5 +161,6 @@ def _guess_size(state: Tensors, config: GPTConfig) -> str:
     for name, known in ARCHITECTURES.items():
         is_it = (known.emb_dim,) == tuple(width) and known.n_layers == count_layers(state)
         if is_it and (known.emb_dim, known.n_layers) != (config.emb_dim, config.n_layers):
-            return f", it looks like {name} ({MODEL_SIZES[name]})"
+            size = f" ({MODEL_SIZES[name]})" if name in MODEL_SIZES else ""
+            return f", it looks like {name}{size}"
     return ""

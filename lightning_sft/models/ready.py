@@ -12,11 +12,12 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.prompts import PromptStyle, get_style, style_of_run
 from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.models.files import find_weights
+from lightning_sft.models.found_config import check_config, found_config
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.loading import fill, load_weights
+from lightning_sft.models.loading import fill, load_weights, make_model
 from lightning_sft.models.lora import add_lora, final_architecture, merge_lora
 from lightning_sft.models.lora_checkpoint import load_adapters, saved_config
-from lightning_sft.models.registry import ARCHITECTURES, REPOSITORIES, get_config
+from lightning_sft.models.registry import ARCHITECTURES, GPT2, REPOSITORIES, get_config
 from lightning_sft.runs.run_folder import run_of
 
 
@@ -41,7 +42,10 @@ def load_for_answers(
         return _load_checkpoint(Path(path), weights)
     run = run_of(Path(path))
     settings = read_run_config(run) if run is not None else {}
-    found = architecture or _run_architecture(settings) or _guess_architecture(path)
+    guess = _guess_architecture(path)
+    # GPT-2's names say all there is to say; others are but a width and a depth.
+    theirs = guess if guess in GPT2.sizes else found_config(path) or guess
+    found = architecture or _run_architecture(settings) or theirs
     if found is None:
         find_weights(path)  # that it is not there comes first
         raise InputError(f"{path}: does not say its architecture; give --architecture")
@@ -51,6 +55,7 @@ def load_for_answers(
         data.get("header_in_prompt", True) if header_in_prompt is None else header_in_prompt,
     )
     model = _make(found)
+    check_config(model.config, path)
     load_weights(model, path)
     return model.eval(), style
 
@@ -71,8 +76,7 @@ def _load_checkpoint(path: Path, weights: str | None) -> tuple[GPTModel, PromptS
 
 
 def _make(architecture: str | dict[str, Any] | GPTConfig) -> GPTModel:
-    with torch.device("meta"):
-        return GPTModel(get_config(architecture))
+    return make_model(get_config(architecture))
 
 
 def _load_merged(checkpoint: dict[str, Any], weights: str | None) -> GPTModel:

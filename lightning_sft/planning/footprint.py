@@ -32,8 +32,11 @@ from typing import Any
 
 import torch
 
+from lightning_sft.common.errors import InputError
 from lightning_sft.data.counting import BatchShape
+from lightning_sft.models.decoder import KeptNumbers
 from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.loading import make_model
 from lightning_sft.models.lora import LoRALinear, add_lora
 from lightning_sft.models.ready import find_device
 from lightning_sft.models.registry import family_of
@@ -105,7 +108,7 @@ def _measure_block(
     module: SFTModule, model: GPTModel, batch: BatchShape
 ) -> tuple[int, float, float]:
     """How many blocks keep anything, the bytes that one keeps, and those of its dropout."""
-    config, kept = module.config, family_of(module.config).kept
+    config, kept = module.config, _kept(module.config)
     places = batch.rows * batch.width  # in attention: B rows of width W
     by_token = kept.residual + kept.normed + kept.feed_forward
     numbers: float = by_token * batch.tokens + kept.attention * places
@@ -126,6 +129,13 @@ def _measure_block(
     return blocks, numbers * config.emb_dim * FLOAT32, dropout
 
 
+def _kept(config: Any) -> KeptNumbers:
+    family = family_of(config)
+    if family.kept is None:
+        raise InputError(f"plan: memory is estimated for GPT-2 only so far, not for {family.name}")
+    return family.kept
+
+
 def _count_gathered(model: GPTModel, total: int) -> float:
     """Parameters that a sharded model holds whole at one time: one block, and what is in none."""
     in_blocks = sum(p.numel() for p in model.trf_blocks.parameters())
@@ -143,8 +153,7 @@ def skeleton(module: SFTModule) -> GPTModel:
     """The module's model, adapters and all; one without memory where it is not made yet."""
     if module.model is not None:
         return module.model
-    with torch.device("meta"):
-        model = GPTModel(module.config)
+    model = make_model(module.config)
     return add_lora(model, module.lora) if module.lora is not None else model
 
 
@@ -156,7 +165,7 @@ def count_adapter_numbers(model: GPTModel, dropout: float) -> tuple[int, float]:
         that one of them keeps beyond a trained block, fewer than none where frozen layers need not
         know their inputs again.
     """
-    inputs = family_of(model.config).kept.inputs
+    inputs = _kept(model.config).inputs
     more, kept = 0.0, 0
     for block in model.trf_blocks:
         adapted = {n: part for n, part in block.named_modules() if isinstance(part, LoRALinear)}

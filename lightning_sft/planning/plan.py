@@ -26,7 +26,10 @@ from lightning_sft.common.arguments import PROGRAM
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.datamodule import InstructionDataModule
+from lightning_sft.models.found_config import AUTO
+from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.ready import find_device
+from lightning_sft.models.registry import get_config
 from lightning_sft.planning.footprint import (
     Memory,
     count_devices,
@@ -91,6 +94,12 @@ class PlanCLI(SFTCLI):
 
     def instantiate_classes(self) -> None:
         """Make the model and the data; of the trainer only its plain settings are wanted."""
+        # Random weights bring no tokenizer, and nobody has counted what these models keep.
+        architecture = self.config.model.architecture
+        if isinstance(architecture, jsonargparse.Namespace):
+            architecture = architecture.as_dict()
+        if architecture == AUTO or not isinstance(get_config(architecture), GPTConfig):
+            raise InputError("plan: costs are estimated for GPT-2 only so far; give its name")
         for name in ("callbacks", "logger", "plugins", "profiler"):
             self.config.trainer[name] = None
         super().instantiate_classes()

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lightning_sft.data.encoding import encode_question
 from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.serving.answers import Answering, Stream
@@ -85,13 +86,13 @@ class Service:
         """The text that a chat request's model would be given; nothing is generated."""
         body = await self._read(request)
         model = find_model(body, self.context.models)
-        text = render(body, self.context.models[model].style)
-        ids = await self._encode(text, self.context.models[model].tokenizer)
+        pieces = render(body, self.context.models[model].style)
+        ids = await self._encode(pieces, self.context.models[model].tokenizer)
         return _json(
             {
                 "object": "chat.prompt",
                 "model": model,
-                "prompt": text,
+                "prompt": "".join(pieces),
                 "prompt_tokens": len(ids),
                 "context_length": self.context.models[model].model.config.context_length,
             }
@@ -145,12 +146,15 @@ class Service:
             raise ApiError(408, "The body took too long.", code="timeout") from None
         return read_json(bytes(body))
 
-    async def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
-        if len(text) > self.context.limits.prompt_tokens * LONGEST_TOKEN:
+    async def _encode(self, text: str | tuple[str, ...], tokenizer: Tokenizer) -> list[int]:
+        pieces = (text,) if isinstance(text, str) else text
+        length = sum(map(len, pieces))
+        if length > self.context.limits.prompt_tokens * LONGEST_TOKEN:
             raise self._too_long(f"over {self.context.limits.prompt_tokens}")
-        if len(text) < 10_000:
-            return tokenizer.encode(text)
-        return await asyncio.to_thread(tokenizer.encode, text)  # others need not wait for it
+        if length < 10_000:
+            return encode_question(pieces, tokenizer)
+        # In a thread: others need not wait for it.
+        return await asyncio.to_thread(encode_question, pieces, tokenizer)
 
     def _check_ids(self, prompt: list[int], model: AnsweringModel) -> None:
         if len(prompt) > self.context.limits.prompt_tokens:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_sft.data.entries import Entry
-from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.prompts import PromptStyle, Template
 from lightning_sft.serving.api_error import invalid
 
 
-def render(body: Mapping[str, Any], style: PromptStyle) -> str:
-    """A conversation as the prompt that the model is given.
+def render(body: Mapping[str, Any], style: PromptStyle) -> tuple[str, ...]:
+    """A conversation as the prompt that the model is given, in pieces as of `PromptStyle.pieces`.
 
     The model was trained on single questions. The last message, a user's, is the instruction, and
     the field `input` its input, laid out exactly as in training. A system (or developer) message
@@ -44,11 +44,11 @@ def render(body: Mapping[str, Any], style: PromptStyle) -> str:
     texts = [text for _, text in turns]
     if system:
         texts[0] = f"{system}\n\n{texts[0]}"
-    earlier = "".join(
-        "".join(style.split(Entry(question, "", answer))) + style.turn_end
-        for question, answer in zip(texts[0:-1:2], texts[1::2], strict=True)
-    )
-    return earlier + style.prompt(Entry(texts[-1], given, ""))
+    pieces: list[str] = []
+    for question, answer in zip(texts[0:-1:2], texts[1::2], strict=True):
+        prompt, response = style.pieces(Entry(question, "", answer))
+        pieces += [*prompt, *response, Template(style.turn_end)]
+    return (*pieces, *style.pieces(Entry(texts[-1], given, ""))[0])
 
 
 def _read_message(message: Any, place: int) -> tuple[str, str]:

@@ -59,14 +59,14 @@ class AnswerRequest:
     """What a client wants.
 
     Args:
-        prompts: Texts, or token ids; one answer each.
+        prompts: Texts, conversations in pieces, or token ids; one answer each.
         chat: Answered as a message, with the style's header and closing mark taken off.
         settings: The client's, and the server's where it does not say.
         top_logprobs: None where log-probabilities are not wanted.
     """
 
     model: str
-    prompts: list[str | list[int]]
+    prompts: list[str | tuple[str, ...] | list[int]]
     chat: bool
     settings: GenerationConfig
     stop: list[str]
@@ -107,7 +107,7 @@ def read_request(body: dict[str, Any], rules: Rules, chat: bool) -> AnswerReques
     """
     _refuse_unknown(body, CHAT if chat else COMPLETION)
     model = find_model(body, rules.styles)
-    prompts: list[str | list[int]]
+    prompts: list[str | tuple[str, ...] | list[int]]
     prompts = [render(body, rules.styles[model])] if chat else _read_prompts(body, rules)
     stream = _boolean(body, "stream")
     options = body.get("stream_options", {})
@@ -160,7 +160,7 @@ def find_model(body: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     return name
 
 
-def _read_prompts(body: Mapping[str, Any], rules: Rules) -> list[str | list[int]]:
+def _read_prompts(body: Mapping[str, Any], rules: Rules) -> list[str | tuple[str, ...] | list[int]]:
     """A text, token ids, or a list of either."""
     given = body.get("prompt")
     prompts = given if isinstance(given, list) and not _is_ids(given) else [given]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.datamodule import InstructionDataModule
+from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.decoding.generation import evaluating
 from lightning_sft.training.loggers import folder_of
 from lightning_sft.training.module import SFTModule
@@ -59,7 +60,7 @@ class SampleResponses(L.Callback):
                     f"{len(entries) - 1}"
                 )
         chosen = [entries[index] for index in self.indices]
-        prompts = [module.tokenizer.encode(module.style.prompt(entry)) for entry in chosen]
+        prompts = [encode_prompt(entry, module.style, module.tokenizer) for entry in chosen]
         answers = [""] * len(chosen)
         # One rank answers while the others wait; of a sharded model it gets a whole copy.
         model = gather_model(trainer, module.config) if is_sharded(trainer) else module.network

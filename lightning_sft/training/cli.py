@@ -28,9 +28,12 @@ from lightning_sft.common import files
 from lightning_sft.common.arguments import option_values, without_option
 from lightning_sft.common.errors import InputError, LightningSFTError
 from lightning_sft.common.parser_messages import explain, option_names
+from lightning_sft.data.find_tokenizer import tokenizer_folder
+from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import get_style
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.models.checkpoint_file import read_checkpoint
+from lightning_sft.models.found_config import AUTO, settle_config
 from lightning_sft.models.lora import LoRAConfig
 from lightning_sft.models.lora_checkpoint import saved_config
 from lightning_sft.models.registry import get_config
@@ -188,6 +191,11 @@ class SFTCLI(OpenCLI):
             self.checkpoint = find_checkpoint(wanted, _run_parent(config))
             config.ckpt_path = str(self.checkpoint)
             self.facts = _compare(self.checkpoint, config)
+            _use_saved_tokenizer(self.checkpoint, config)
+        elif config.model.architecture == AUTO:
+            # Spelt out, so that the run's own config says it when the weights are gone.
+            found = settle_config(AUTO, config.model.weights)
+            config.model.architecture = dataclasses.asdict(found)
 
     def instantiate_classes(self) -> None:
         try:
@@ -297,6 +305,8 @@ class SaveRunConfig(SaveConfigCallback):
         path, number = folder / "config.yaml", 1
         while path.exists():
             path, number = folder / f"config-resumed-{number}.yaml", number + 1
+        if isinstance(pl_module.tokenizer, HFTokenizer) and tokenizer_folder(folder) is None:
+            pl_module.tokenizer.save(folder)
         text = self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
         with files.atomic_write(path) as file:
             file.write(text)
@@ -343,6 +353,8 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
     """
     content = read_checkpoint(checkpoint, mmap=True)
     hparams = content.get("hyper_parameters", {})
+    if config.model.architecture == AUTO:
+        config.model.architecture = dict(hparams["architecture"])
     architecture = dataclasses.asdict(get_config(_plain(config.model.architecture)))
     for field, saved in hparams.get("architecture", {}).items():
         if architecture.get(field) != saved:
@@ -364,6 +376,12 @@ def _compare(checkpoint: Path, config: Any) -> dict[str, Any]:
         )
     place = {"step": int(content["global_step"]), "epoch": int(content["epoch"])}
     return content.get("metrics", {}) | place
+
+
+def _use_saved_tokenizer(checkpoint: Path, config: Any) -> None:
+    """The run's own copy: the folder that it came from may be gone."""
+    if (folder := tokenizer_folder(checkpoint)) is not None:
+        config.model.tokenizer = str(folder)
 
 
 def _compare_lora(checkpoint: Path, trained: LoRAConfig | None, wanted: Any) -> None:

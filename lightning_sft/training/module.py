@@ -28,14 +28,16 @@ from torchmetrics import Metric
 
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.batching import IGNORE_INDEX
+from lightning_sft.data.encoding import check_style
 from lightning_sft.data.loader import Batch, TrainLoader, accumulation_plan
 from lightning_sft.data.prompts import PromptStyle, get_style
-from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.models.files import locate
-from lightning_sft.models.gpt2 import GPTConfig, GPTModel, run_block
-from lightning_sft.models.layers import PackedLayout
-from lightning_sft.models.loading import load_weights
+from lightning_sft.models.found_config import check_config, settle_config
+from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.layers import PackedLayout, run_block
+from lightning_sft.models.loading import load_weights, make_model
 from lightning_sft.models.lora import (
     LoRAConfig,
     LoRALinear,
@@ -45,7 +47,8 @@ from lightning_sft.models.lora import (
     merge_lora,
 )
 from lightning_sft.models.lora_checkpoint import check_adapters, identify_base
-from lightning_sft.models.registry import get_config
+from lightning_sft.models.registry import family_of
+from lightning_sft.models.tokenizer import check_tokenizer, find_tokenizer
 from lightning_sft.training.callback_check import check_callbacks
 from lightning_sft.training.data_check import check_data
 from lightning_sft.training.fused import fuse
@@ -66,9 +69,10 @@ class SFTModule(L.LightningModule):
     """Instruction fine-tuning of a `GPTModel`.
 
     Args:
-        architecture: `gpt2-small`, `-medium`, `-large`, `-xl`, or a mapping of `GPTConfig` fields.
+        architecture: `gpt2-small`, `-medium`, `-large`, `-xl`, `smollm2-135m` and its kin, a
+            mapping of `GPTConfig` or `LlamaConfig` fields, or `auto`: what the weights say.
         weights: Where the model starts: a name as above, a path (folder, .safetensors, .pth,
-            .ckpt), or null for random weights.
+            .ckpt, .gguf), or null for random weights.
         lora: Freeze the weights and train adapters beside them; a checkpoint then holds these.
         optimizer: Any of `torch.optim`; fused where the device has it.
         lr_scheduler: Any of `torch.optim.lr_scheduler`, or `lightning_sft.WarmupCosine`. Stepped
@@ -82,6 +86,8 @@ class SFTModule(L.LightningModule):
         max_length: The data's; checked against the model's context.
         generation: How answers are written.
         seed: Of random weights and dropout.
+        tokenizer: A folder with tokenizer.json, or a GGUF, where it is not with the weights.
+            GPT-2 has its own.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class SFTModule(L.LightningModule):
         max_length: int | None = None,
         generation: GenerationConfig | None = None,
         seed: int = 123,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         # A checkpoint's hyperparameters are plain mappings.
@@ -108,9 +115,10 @@ class SFTModule(L.LightningModule):
         if isinstance(generation, Mapping):
             generation = GenerationConfig(**generation)
         self.generation = generation or GenerationConfig()
-        self.config: GPTConfig = get_config(architecture)
+        self.config: Any = settle_config(architecture, weights)
         self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
-        self.tokenizer: Tokenizer = gpt2_tokenizer()
+        self.tokenizer: Tokenizer = find_tokenizer(self.config, tokenizer, weights)
+        self.tokenizer_source = tokenizer or weights
         self.weights, self.seed = weights, seed
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.activation_checkpointing, self.compile_blocks = activation_checkpointing, compile
@@ -136,6 +144,7 @@ class SFTModule(L.LightningModule):
                 f"data.max_length: {max_length} is more than the model's context of "
                 f"{self.config.context_length} tokens"
             )
+        check_style(self.style, self.tokenizer)
         if self.config.vocab_size < self.tokenizer.vocab_size:
             raise InputError(
                 f"architecture: vocab_size {self.config.vocab_size} is less than the tokenizer's "
@@ -145,6 +154,7 @@ class SFTModule(L.LightningModule):
     def _plain_settings(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain values only, so that it loads with weights_only=True."""
         style = dataclasses.asdict(self.style)
+        comes_along = family_of(self.config).tokenizer is None
         return {
             "architecture": dataclasses.asdict(self.config),
             # A checkpoint holds them, or else the adapters of these.
@@ -154,15 +164,15 @@ class SFTModule(L.LightningModule):
             "prompt_style": style,
             "generation": dataclasses.asdict(self.generation),
             "seed": self.seed,
-        }
+        } | ({"tokenizer": locate(self.tokenizer_source)} if comes_along else {})
 
     def configure_model(self) -> None:
         """Make the model and read its weights, once."""
         if self.model is not None:
             return
-        with torch.device("meta"):  # shapes alone: no memory, and no random numbers that go unused
-            model = GPTModel(self.config)
+        model = make_model(self.config)
         if self.weights is not None:
+            check_config(self.config, self.weights)
             load_weights(model, self.weights)
         else:
             model.randomize(self.seed)
@@ -359,7 +369,13 @@ class SFTModule(L.LightningModule):
         """
         model = model or self.network
         settings = dataclasses.asdict(self.generation)
-        answers = generate(model, prompts, **settings, on_answer=self.on_answer)
+        answers = generate(
+            model,
+            prompts,
+            **settings,
+            eos_token_id=self.tokenizer.eos_token_id,
+            on_answer=self.on_answer,
+        )
         return [self.style.extract(self.tokenizer.decode(ids)) for ids in answers]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -406,6 +422,8 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        if family_of(self.config).tokenizer is None:
+            checkpoint["tokenizer"] = self.tokenizer.name
         stops = self._wants_stop or self.trainer.should_stop
         checkpoint["stopped_early"] = stops and not is_time_up(self.trainer)
         if self.lora is not None:
@@ -415,6 +433,7 @@ class SFTModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        check_tokenizer(self.tokenizer, checkpoint)
         self._stopped_early = checkpoint.get("stopped_early", False)
         settle_place(checkpoint["loops"])
         if self.lora is not None:

@@ -16,13 +16,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.loading import make_model
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -92,8 +92,7 @@ def gather_model(trainer: L.Trainer, config: GPTConfig) -> GPTModel | None:
     state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
     if not trainer.is_global_zero:
         return None
-    with torch.device("meta"):
-        model = GPTModel(config)
+    model = make_model(config)
     model.load_state_dict(
         {name.removeprefix("model."): tensor for name, tensor in state.items()}, assign=True
     )

@@ -12,7 +12,7 @@ from lightning_sft.common.files import shipped_folder
 from support.runs import run
 
 CONFIGS = sorted(path.name for path in shipped_folder().glob("*.yaml"))
-WHOLE = [name for name in CONFIGS if name.startswith(("gpt2-", "quickstart"))]
+WHOLE = [name for name in CONFIGS if name.startswith(("gpt2-", "quickstart", "smollm2-"))]
 OVERLAYS = sorted(set(CONFIGS) - set(WHOLE))
 
 

@@ -62,7 +62,7 @@ def test_an_input_may_follow_in_the_styles_own_words(style):
 def test_a_conversation(style):
     template = jinja_template(style)
     first, second = Entry("One\n\nTwo", "", "Three."), Entry("Four", "Five", "")
-    parted = "\n" if style.end else "\n\n"
+    parted = "" if style.name == "llama3" else "\n" if style.end else "\n\n"
     messages = [
         {"role": "system", "content": "One"},
         ask("Two"),

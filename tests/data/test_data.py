@@ -563,8 +563,8 @@ def test_first_batches(book_data_path):
         ({"overlong": "cut"}, "data.overlong: unknown 'cut'; allowed: truncate, drop, error"),
         (
             {"prompt_style": "llama"},
-            "prompt_style: unknown style 'llama'; allowed: alpaca, phi3, chatml, or a mapping "
-            "with instruction, input and header",
+            "prompt_style: unknown style 'llama'; allowed: alpaca, phi3, chatml, llama3, qwen3, "
+            "or a mapping with instruction, input and header",
         ),
     ],
 )

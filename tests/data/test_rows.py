@@ -16,7 +16,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import sha256_of
 from lightning_sft.data import token_cache
 from lightning_sft.data.entries import Entry
-from lightning_sft.data.prompts import STYLES, PromptStyle, get_style
+from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.rows import Row, TokenRows, fit_to_length, tokenize
 from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import gpt2_tokenizer
@@ -50,7 +50,7 @@ def test_the_books_data_has_62025_tokens(book_entries):
     assert rows.lengths.sum() == len(rows.ids) == 62_025
 
 
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize("name", ["alpaca", "phi3", "chatml"])
 def test_tokenized_apart_equals_tokenized_whole(book_entries, name):
     style, tokenizer = get_style(name), gpt2_tokenizer()
     for entry in book_entries:

@@ -49,7 +49,7 @@ from lightning_sft.models.gpt2_weights import from_hf, iterate_hf, to_hf
 from lightning_sft.models.loading import load_weights
 from lightning_sft.models.origin import public_name, read_origin
 from lightning_sft.models.ready import load_for_answers
-from lightning_sft.models.registry import ARCHITECTURES
+from lightning_sft.models.registry import ARCHITECTURES, GPT2
 from lightning_sft.models.tensor_files import check_digest
 from support.runs import newest_checkpoint, run, write_config, write_data
 
@@ -131,7 +131,7 @@ def test_transformers_logits_of_every_kind_of_model(tmp_path, make_model, tied, 
     torch.testing.assert_close(theirs, our_program(model).logits(ids), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", GPT2.sizes)
 def test_every_size_at_depth_one(tmp_path, make_model, name):
     """Real width and heads; depth, vocabulary and context are cut."""
     pytest.importorskip("transformers")
@@ -149,7 +149,7 @@ def test_every_size_at_depth_one(tmp_path, make_model, name):
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", GPT2.sizes)
 def test_shapes_of_every_size_at_full_depth(name):
     """Names and shapes are those of transformers' model and come back as ours."""
     transformers = pytest.importorskip("transformers")
