@@ -153,7 +153,7 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Any]:
         raise InputError(f"inspect: {explain(str(error), known)}") from None
     if settings.trainer.accumulate_grad_batches < 1:
         raise InputError("trainer.accumulate_grad_batches must be >= 1")
-    return parser.instantiate_classes(settings).data, settings
+    return parser.instantiate(settings).data, settings
 
 
 def count_devices(devices: list[int] | str | int) -> int:
