@@ -183,6 +183,7 @@ class Children:
         self.received = 0
 
     def forward(self, signum: int, frame: object) -> None:
+        """Hand a signal on to the child, and remember it."""
         self.received = signum
         if self.child is not None:
             self.child.send_signal(signum)

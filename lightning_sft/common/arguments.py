@@ -68,6 +68,7 @@ def find_shipped(name: str, what: str) -> Path:
 
 
 def nearest(name: str, allowed: list[str]) -> str:
+    """(did you mean …?) for a name that is not allowed, or nothing where none is near."""
     best = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     if not best:  # the right last part under the wrong group
         last = name.rsplit(".", 1)[-1]

@@ -39,7 +39,12 @@ _SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 class Tokenizer(Protocol):
-    """What the data path needs of a tokenizer."""
+    """What the data path needs of a tokenizer.
+
+    `name` says which vocabulary it is, in checkpoints and cache keys; `eos_token_id` ends a row.
+    `encode` takes text for text: nothing in it becomes a special token. `token_bytes` are those of
+    one token, which need not be whole characters.
+    """
 
     @property
     def name(self) -> str: ...

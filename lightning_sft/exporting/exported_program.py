@@ -80,6 +80,7 @@ def _load_hf(folder: Path) -> Program:
 
 
 def load_transformers(folder: Path) -> Program:
+    """The exported folder as transformers loads it, ready to be asked."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -70,6 +70,7 @@ class Agreement:
 
     @property
     def tolerance(self) -> float:
+        """How far logits may differ: rounding grows with the largest of them."""
         return TOLERANCE + RELATIVE_TOLERANCE * self.largest
 
     def __str__(self) -> str:

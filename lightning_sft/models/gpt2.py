@@ -104,6 +104,7 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, D) → (…, D): normalised, scaled and shifted."""
         # Each token's D numbers get mean 0 and variance 1 before gain and bias; no token knows of
         # another here, which is why packed rows need no care.
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
@@ -133,6 +134,7 @@ class MultiHeadAttention(nn.Module):
         layer: int = 0,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """(B, T, D) → (B, T, D); with a layout (N, D) → (N, D), rows gathered in between."""
         projections = [self.W_query(x), self.W_key(x), self.W_value(x)]  # (B, T, D) or (N, D)
         if layout is not None:
             projections = [F.embedding(layout.gather, p) for p in projections]  # (B, T, D)
@@ -174,6 +176,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, D) → (…, 4 D) → (…, D), token by token."""
         return self.layers(x)
 
 
@@ -199,6 +202,7 @@ class TransformerBlock(nn.Module):
         layer: int = 0,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """The residual stream, (B, T, D) or (N, D), with what both parts found added to it."""
         # Shortcuts: each part adds to the stream what it found, and gradients reach early blocks
         # undiminished (listing 4.5).
         x = x + self.drop_shortcut(self.att(self.norm1(x), layout, cache, layer, mask))

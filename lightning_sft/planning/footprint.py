@@ -60,6 +60,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """All of it, in bytes."""
         return sum(dataclasses.astuple(self))
 
 

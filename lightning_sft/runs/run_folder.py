@@ -45,7 +45,9 @@ def run_of(path: Path) -> Path | None:
 
 def saved_checkpoints(run: Path) -> list[Path]:
     """The checkpoints that a run saved, by step; a copy under another name is none of them."""
-    names = (re.fullmatch(r"step-([0-9]+)\.ckpt", p.name) for p in run.glob("checkpoints/*.ckpt"))
+    # Names are padded to six digits, which a long run outgrows.
+    saved = run.glob("checkpoints/step-*.ckpt")
+    names = (re.fullmatch(r"step-([0-9]{6,})\.ckpt", path.name) for path in saved)
     steps = sorted((int(match[1]), match[0]) for match in names if match)
     return [run / "checkpoints" / name for _, name in steps]
 

@@ -54,4 +54,5 @@ class Context:
 
     @property
     def limits(self) -> Limits:
+        """What clients may cost."""
         return self.rules.limits

@@ -89,6 +89,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        """Begin to take jobs, in a thread of its own."""
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -131,6 +132,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs; a job that is given to a dead one is never answered."""
         return self._thread.is_alive()
 
     @property

@@ -121,11 +121,13 @@ class Envelope:
         return self._chunk(choice, {}, choice.take_logprobs(), choice.finish_reason)
 
     def usage_chunk(self, choices: list[Choice]) -> bytes:
+        """The stream's last piece where a client asked for it: no text, but the token counts."""
         return to_event(
             self.head | {"object": self._chunk_kind, "choices": [], "usage": self.usage(choices)}
         )
 
     def usage(self, choices: list[Choice]) -> dict[str, int]:
+        """OpenAI's count of the prompt's tokens and of those written."""
         written = sum(choice.num_tokens for choice in choices)
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -8,7 +8,6 @@ to keep. `find_checkpoint` turns `last`, `best` or a path into a file that is kn
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from pathlib import Path
 from typing import IO, Any, cast
@@ -30,7 +29,7 @@ from lightning_sft.models.checkpoint_file import (
 from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.lora import merged_copy
 from lightning_sft.models.registry import model_name
-from lightning_sft.runs.run_folder import version_numbers
+from lightning_sft.runs.run_folder import saved_checkpoints, version_numbers
 from lightning_sft.training.lightning_internals import batches_done
 from lightning_sft.training.loggers import folder_of
 from lightning_sft.training.module import SFTModule
@@ -170,7 +169,7 @@ class Checkpoints(Checkpoint):
         path = folder / f"step-{trainer.global_step:06d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
-            self._prune(trainer, folder)
+            self._prune(trainer, run)
         return path
 
     def on_save_checkpoint(
@@ -201,27 +200,14 @@ class Checkpoints(Checkpoint):
             + (" and a longer trainer.max_time" if is_time_up(trainer) else "")
         )
 
-    def _prune(self, trainer: L.Trainer, folder: Path) -> None:
-        saved = _checkpoints(folder)
+    def _prune(self, trainer: L.Trainer, run: Path) -> None:
+        saved = saved_checkpoints(run)
         keep = set(saved[-self.keep_last :])
         if self.keep_best:
             keep |= {best} if (best := _best(saved)) else set()
         for path in saved:
             if path not in keep:
                 trainer.strategy.remove_checkpoint(path)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """By step; names are padded to six digits, but a long run outgrows them.
-
-    Only what is named as `Checkpoints` names it: a copy that somebody keeps beside them is theirs.
-    """
-    steps = {
-        path: int(match[1])
-        for path in folder.glob("step-*.ckpt")
-        if (match := re.fullmatch(r"step-(\d{6,})\.ckpt", path.name, re.ASCII))
-    }
-    return sorted(steps, key=lambda path: steps[path])
 
 
 def _best(paths: list[Path]) -> Path | None:
@@ -249,7 +235,7 @@ def find_checkpoint(wanted: str, run: Path) -> Path:
         return path
     for number in reversed(version_numbers(run)):
         version = run / f"version_{number}"
-        saved = _checkpoints(version / "checkpoints")
+        saved = saved_checkpoints(version)
         if wanted == "best" and (best := _best(saved)):
             return best
         for path in reversed(saved):

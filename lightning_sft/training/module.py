@@ -258,6 +258,7 @@ class SFTModule(L.LightningModule):
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
+        """No step is open at the beginning of an epoch."""
         self._step_loss = torch.zeros((), device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -285,6 +286,7 @@ class SFTModule(L.LightningModule):
         return {"index": torch.full((len(batch["targets"]),), -1)} | batch | counts
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """A micro-batch's share of its step's loss, times whatever Lightning will divide it by."""
         # `calc_loss_batch` and `loss.backward()` of listing 7.7's training loop; Lightning calls
         # backward, the optimizer and zero_grad around it.
         loss_sum, _ = self.sum_loss(batch)
@@ -330,9 +332,11 @@ class SFTModule(L.LightningModule):
         self.log("tokens_seen", float(self.tokens_seen), batch_size=size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the sums; the division is at the end, over all tokens of the split."""
         self.val_loss.update(*self.sum_loss(batch))
 
     def on_validation_epoch_end(self) -> None:
+        """Log `val_loss` and `val_perplexity`, the same numbers on every rank."""
         loss = self._log_evaluation("val")
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             scheduler = self.lr_schedulers()
@@ -340,9 +344,11 @@ class SFTModule(L.LightningModule):
                 scheduler.step(loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As `validation_step`, on the test split."""
         self.val_loss.update(*self.sum_loss(batch))
 
     def on_test_epoch_end(self) -> None:
+        """Log `test_loss` and `test_perplexity`."""
         self._log_evaluation("test")
 
     def _log_evaluation(self, name: str) -> float:
@@ -379,6 +385,7 @@ class SFTModule(L.LightningModule):
         return [self.style.extract(self.tokenizer.decode(ids)) for ids in answers]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of what is trained, fused where that was seen to work, and its schedule."""
         if self.lora is not None and not has_lora(self.network):
             raise InputError(
                 "model.lora: its adapters were merged to answer; load the checkpoint again to train"
