@@ -25,6 +25,8 @@ from lightning_sft.training.device_check import check_devices
 from support.plain import make_data, make_module, make_trainer
 from support.runs import run, write_config
 
+pytestmark = pytest.mark.process  # trains whole runs
+
 
 @pytest.mark.parametrize(
     "callback",

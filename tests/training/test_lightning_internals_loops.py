@@ -13,6 +13,8 @@ from lightning_sft.training.checkpoint import Checkpoints
 from support.plain import make_data, make_module, make_trainer
 from support.runs import load
 
+pytestmark = pytest.mark.process  # trains whole runs
+
 
 class Ask(L.Callback):
     """Asks at every micro-batch, and notes when a validation really came."""

@@ -23,6 +23,8 @@ from lightning_sft.training.loggers import MetricsFile
 from support.plain import make_data, make_module, make_trainer, train
 from support.resuming import PulledPlugError
 
+pytestmark = pytest.mark.process  # trains whole runs
+
 
 @contextmanager
 def killed_behind(name: str, step: int) -> Iterator[None]:

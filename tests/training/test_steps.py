@@ -19,6 +19,8 @@ from lightning_sft.training.module import SFTModule
 from support.plain import make_data, make_module, make_trainer, train
 from support.runs import read_metrics
 
+pytestmark = pytest.mark.process  # trains whole runs
+
 
 class Watch(L.Callback):
     """Counts for itself what each optimizer step holds, from the batches that really come."""

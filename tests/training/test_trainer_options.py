@@ -16,6 +16,8 @@ from lightning_sft.training.module import SFTModule
 from support.plain import TINY, make_data, make_module, make_trainer
 from support.runs import run, write_config
 
+pytestmark = pytest.mark.process  # trains whole runs
+
 ROOT = Path(__file__).parents[2]
 ROWS = [
     line.split("|")[1:4]
