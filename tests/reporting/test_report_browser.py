@@ -20,6 +20,7 @@ from lightning_sft.reporting.report import report
 from lightning_sft.runs.responses import RESPONSES_NAME
 from support.browser import EVIL, Select, chromium, webdriver
 from support.judge_server import JudgeServer
+from support.serving import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -281,6 +282,7 @@ def test_blind_vote_from_clicks_to_compare(browser, run, comparison, downloads, 
     assert "thank you" in find(browser, "#state").text
     assert not find(browser, "#pair").is_displayed()
     browser.refresh()  # votes are kept in the browser
+    wait_for(lambda: bool(find(browser, "#state").text))
     assert find(browser, "#state").text.startswith("12 of 12 voted")
     find(browser, "#export").click()
     votes = tmp_path / "votes.json"
@@ -303,6 +305,8 @@ def test_blind_vote_back_and_tie(browser, comparison):
     open_page(browser, comparison / "blind-vote.html")
     browser.execute_script("localStorage.clear()")
     browser.refresh()
+    # The refreshed page is there before its script has drawn the first pair.
+    wait_for(lambda: bool(find(browser, "#instruction").text))
     first = find(browser, "#instruction").text
     find(browser, "[data-choice=tie]").click()
     assert find(browser, "#instruction").text != first
