@@ -40,7 +40,7 @@ from lightning_sft.common.arguments import (
 from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.runs.responses import RESPONSES_NAME
-from lightning_sft.runs.run_folder import newest_run
+from lightning_sft.runs.run_folder import newest_run, saved_checkpoints
 
 KNOWN = {
     "baseline": "the configuration as it is",
@@ -146,7 +146,7 @@ def run_recipe(study: Study, name: str, children: Children) -> None:
     shared += [*study.options, f"--run.dir={study.folder}", f"--run.name={name}"]
     run = newest_run(study.folder / name)
     if not is_trained(run):
-        saved = run is not None and any((run / "checkpoints").glob("step-*.ckpt"))
+        saved = run is not None and bool(saved_checkpoints(run))
         print(f"\n{name}: {'going on' if saved else 'training'}", flush=True)
         code, session = children.run("fit", *shared, *(["--ckpt_path=last"] if saved else []))
         run = newest_run(study.folder / name)

@@ -30,6 +30,7 @@ from lightning_sft.common.arguments import find_option, read_layers
 from lightning_sft.common.config_files import merge
 from lightning_sft.common.errors import IncompleteError, InputError, ServiceError
 from lightning_sft.models.checkpoint_file import read_checkpoint
+from lightning_sft.runs.run_folder import saved_checkpoints
 
 EPOCH = 4  # optimizer steps of the shortened epochs
 STEPS = 2 * EPOCH
@@ -151,12 +152,12 @@ class TrainingRun:
 
     def newest(self) -> str:
         """Where the next start goes on."""
-        names = sorted(path.stem for path in self.path.glob("checkpoints/step-*.ckpt"))
+        names = [path.stem for path in saved_checkpoints(self.path)]
         return names[-1] if names else "the start"
 
     def _start(self) -> subprocess.Popen[bytes]:
         resume = ["--ckpt_path=last"]
-        if not any(self.path.glob("checkpoints/step-*.ckpt")):
+        if not saved_checkpoints(self.path):
             resume = []
             shutil.rmtree(self.path, ignore_errors=True)
         with self.log.open("ab") as log:
@@ -180,8 +181,7 @@ def compare_runs(run: Path, other: Path) -> list[str]:
         Names of parts of the checkpoints and columns of metrics.csv; empty when all is the same.
     """
     left, right = (
-        read_checkpoint(max(folder.glob("checkpoints/step-*.ckpt")), mmap=True)
-        for folder in (run, other)
+        read_checkpoint(saved_checkpoints(folder)[-1], mmap=True) for folder in (run, other)
     )
     differing = [key for key in COMPARED if not equal(left.get(key), right.get(key))]
     return differing + [c for c in COLUMNS if _read_column(run, c) != _read_column(other, c)]

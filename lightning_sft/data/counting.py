@@ -13,7 +13,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -166,17 +166,27 @@ def count_epoch_steps(batches: int, accumulate: int) -> int:
 
 
 def count_run_steps(
-    batches: int, accumulate: int, max_epochs: int | None, max_steps: int = -1
+    batches: int,
+    accumulate: int | Mapping[int, int],
+    max_epochs: int | None,
+    max_steps: int = -1,
 ) -> int | None:
     """Optimizer steps of a whole run; None where nothing but its own end limits it.
 
     Args:
         batches: Micro-batches of an epoch, after `limit_batches`.
+        accumulate: Micro-batches of a step; where that changes, by the epoch from which on it does.
         max_epochs, max_steps: As the Trainer takes them; -1 or null is no limit.
     """
     steps = None  # whichever limit is reached first ends the run
     if max_epochs is not None and max_epochs >= 0:
-        steps = count_epoch_steps(batches, accumulate) * max_epochs
+        plan = {0: accumulate} if isinstance(accumulate, int) else accumulate
+        begins = sorted(epoch for epoch in plan if epoch < max_epochs)
+        ends = [*begins[1:], max_epochs]
+        steps = sum(
+            count_epoch_steps(batches, plan[begin]) * (end - begin)
+            for begin, end in zip(begins, ends, strict=False)
+        )
     if max_steps >= 0:
         steps = max_steps if steps is None else min(steps, max_steps)
     return steps

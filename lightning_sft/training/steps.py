@@ -13,6 +13,7 @@ from collections.abc import Sized
 import lightning as L
 from lightning.pytorch.callbacks import Timer
 
+from lightning_sft.data.counting import count_run_steps
 from lightning_sft.data.loader import accumulation_plan
 from lightning_sft.training.lightning_internals import (
     given_train_loader,
@@ -55,13 +56,11 @@ def count_steps(trainer: L.Trainer, num_batches: float) -> int | None:
     Args:
         num_batches: Micro-batches of an epoch, limits applied; infinite if nobody knows.
     """
-    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    epochs = trainer.max_epochs
-    if epochs is not None and epochs >= 0 and math.isfinite(num_batches):
-        plan = accumulation_plan(trainer)
-        sizes = [plan[max(e for e in plan if e <= epoch)] for epoch in range(epochs)]
-        limits.append(sum(math.ceil(num_batches / size) for size in sizes))
-    return min(limits, default=None)
+    if not math.isfinite(num_batches):
+        return trainer.max_steps if trainer.max_steps >= 0 else None
+    return count_run_steps(
+        int(num_batches), accumulation_plan(trainer), trainer.max_epochs, trainer.max_steps
+    )
 
 
 def count_steps_ahead(trainer: L.Trainer) -> int | None:
