@@ -52,6 +52,9 @@ COMMANDS = {
     "plan": Command(
         "planning.plan", "plan", "estimate what a run will cost in memory and time", True
     ),
+    "prepare": Command(
+        "commands.prepare", "prepare", "find near-duplicates and leaks in the data", True
+    ),
     "recipes": Command(
         "commands.recipes", "recipes", "run and compare the chapter's exercises", True
     ),

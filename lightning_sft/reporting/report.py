@@ -4,8 +4,9 @@
 
 Reads what is in the run folder, whatever is missing, and writes `report.html` and `report.json`
 into it: loss, learning rate and throughput, samples over the epochs, scores with their interval and
-controls, metrics that need no judge, benchmarks, every answer (worst first, searchable, sortable),
-the config and the versions. The page is one file that loads nothing, and works without its script.
+controls, metrics that need no judge, both again without the entries that training has near-twins
+of (where `prepare` has looked), benchmarks, every answer (worst first, searchable, sortable), the
+config and the versions. The page is one file that loads nothing, and works without its script.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lightning_sft.judging.metrics import summarize as summarize_metrics
 from lightning_sft.judging.summary import SCORES_NAME, answer_scores, read_scores, summarize
 from lightning_sft.reporting.charts import Point
 from lightning_sft.reporting.report_page import render
+from lightning_sft.reporting.twin_scores import weigh_twins
+from lightning_sft.runs.data_quality_file import DATA_QUALITY_NAME, read_near_twins
 from lightning_sft.runs.evaluation_file import EVALUATION_NAME, read_evaluation
 from lightning_sft.runs.responses import RESPONSES_NAME, Response, read_responses
 
@@ -78,12 +81,18 @@ def collect(folder: Path) -> dict[str, Any]:
 
     responses = load(RESPONSES_NAME, read_responses) or []
     records = load(SCORES_NAME, read_scores) or []
+    judged = judge_answers(responses, records)
+    twins = load(DATA_QUALITY_NAME, read_near_twins)
+    weighed = weigh_twins(twins, responses, judged["answers"])
+    if twins and responses and weighed is None:
+        notes.append(f"{DATA_QUALITY_NAME} is left out: it is of other data than these answers")
     found = {
         "run": f"{folder.resolve().parent.name}/{folder.resolve().name}",
         "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "training": load("metrics.csv", _read_training) or {},
         "samples": load("samples.jsonl", files.read_jsonl) or [],
-        **judge_answers(responses, records),
+        **judged,
+        "near_twins": weighed,
         "evaluation": load(EVALUATION_NAME, read_evaluation) or [],
         "config": load("config.yaml", _read_text),
         "versions": load("versions.json", files.read_json),

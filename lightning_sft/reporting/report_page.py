@@ -16,6 +16,7 @@ from lightning_sft.judging.summary import CONTROLS, verdict
 from lightning_sft.reporting import pages
 from lightning_sft.reporting.answers_table import render_table, sort_answers, table_data
 from lightning_sft.reporting.charts import bar_chart, line_chart
+from lightning_sft.reporting.twin_scores import twins_section
 
 # Which columns of metrics.csv share a picture, and what they are called there.
 CHARTS = {
@@ -59,6 +60,7 @@ def render(found: dict[str, Any], picture: str | None = None) -> str:
             note="From 0 to 100, against the wanted answer. They count shared words and "
             "characters, not meaning.",
         ),
+        twins_section(found["near_twins"]),
         _benchmarks_section(found.get("evaluation", [])),
         _samples_section(found["samples"]),
         pages.section("Answers", render_table(answers) if answers else ""),

@@ -46,7 +46,14 @@ def test_what_needs_no_torch_does_not_import_it(tmp_path: Path) -> None:
         "except SystemExit: pass\n"
         "print('torch' in sys.modules)"
     )
-    for arguments in (["--help"], ["score", "--help"], ["report", "--help"], ["compare", "--help"]):
+    others = (["prepare", "--help"],)
+    for arguments in (
+        ["--help"],
+        ["score", "--help"],
+        ["report", "--help"],
+        ["compare", "--help"],
+        *others,
+    ):
         result = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
         )

@@ -394,7 +394,7 @@ def test_bar_chart_heights_are_in_proportion():
 
 # --- start ---------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "lightning", "scipy", "matplotlib", "pandas", "nltk")
+HEAVY = ("torch", "lightning", "sklearn", "scipy", "matplotlib", "pandas", "nltk")
 
 
 def imports_of(arguments: list[str]) -> tuple[set[str], float]:
