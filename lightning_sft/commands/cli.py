@@ -65,6 +65,7 @@ COMMANDS = {
     "score": Command(
         "judging.score", "score_responses", "have another model rate answers from 0 to 100"
     ),
+    "synthesize": Command("commands.synthesize", "synthesize", "have another model make data"),
     "chat": Command("commands.chat", "chat", "answer instructions typed at a terminal"),
     "serve": Command("serving.serve", "serve", "answer over OpenAI's API, with a page to talk to"),
     "download": Command("models.files", "download_command", "fetch GPT-2's weights for later"),

@@ -37,6 +37,7 @@ class Question(NamedTuple):
     prompt: str
     seed: int
     about: Record
+    raw: bool = False  # the prompt goes to the model as it is, without a template around it
 
     def key(self, config: JudgeConfig) -> str:
         """Name under which the reply is kept; 32 hexadecimal digits."""
@@ -49,8 +50,9 @@ class ReplyFormat(NamedTuple):
     """What every reply to a set of questions should be like, and how it is read."""
 
     name: str
-    schema: dict[str, Any]
+    schema: dict[str, Any] | None
     read: Callable[[str], Verdict]
+    verb: str = "Judging"  # before the progress bar
 
 
 def read_answered(path: Path) -> dict[str, Record]:
@@ -114,7 +116,7 @@ def _ask_missing(
     known = [records.get(question.key(judge.config)) for question in questions]
     missing = [question for question, record in zip(questions, known, strict=True) if not record]
     scores = [r["score"] for r in known if r and r["kind"] == "answer" and r["score"] is not None]
-    progress = tqdm(total=len(questions), initial=len(questions) - len(missing), desc="Judging")
+    progress = tqdm(total=len(questions), initial=len(questions) - len(missing), desc=wanted.verb)
     with progress, ThreadPoolExecutor(judge.config.concurrency) as pool:
         futures = [pool.submit(answer, question) for question in missing]
         try:
@@ -139,7 +141,7 @@ def _ask_one(judge: Judge, question: Question, wanted: ReplyFormat) -> Record:
         verdict = Verdict(question.about["score"], question.about["reason"])
         return _record(judge.config, question, None, verdict, wanted.name)
     try:
-        reply = judge.ask(question.prompt, wanted.schema, question.seed)
+        reply = judge.ask(question.prompt, wanted.schema, question.seed, raw=question.raw)
     except ServiceError:
         judge.stopped.set()
         raise
@@ -175,7 +177,7 @@ def _only_writer(path: Path) -> Iterator[None]:
         with filelock.FileLock(f"{path}.lock", timeout=0):
             yield
     except filelock.Timeout:
-        raise ServiceError(f"{path}: another run is writing scores there; wait for it") from None
+        raise ServiceError(f"{path}: another run is writing there; wait for it") from None
 
 
 def _sha256(text: str) -> str:

@@ -30,11 +30,13 @@ from lightning_sft.common.deadline import Deadline, DeadlineError, watched_sessi
 from lightning_sft.common.errors import ServiceError, hide_keys, printable
 from lightning_sft.judging.judge import JudgeConfig, environment_key, is_loopback
 from lightning_sft.judging.protocol import (
+    RAW_PATH,
     PassingError,
     RefusedError,
     chat_body,
     chat_path,
     error_words,
+    raw_body,
     read_chat,
 )
 
@@ -67,8 +69,13 @@ class Judge:
         self._takes_schema = config.json_schema
         self._failures_in_row = 0
 
-    def ask(self, prompt: str, schema: dict[str, Any] | None, seed: int) -> Reply:
+    def ask(
+        self, prompt: str, schema: dict[str, Any] | None, seed: int, raw: bool = False
+    ) -> Reply:
         """One prompt, one reply.
+
+        Args:
+            raw: Ollama puts no template around the prompt.
 
         Raises:
             ServiceError: Nothing that this judge is asked can work (see the module's docstring).
@@ -78,7 +85,7 @@ class Judge:
         text, reason = None, ""
         for number in range(tries):
             try:
-                text, reason = self._ask_once(prompt, schema, seed)
+                text, reason = self._ask_once(prompt, schema, seed, raw)
             except RefusedError as error:
                 reason = str(error)
             except PassingError as error:
@@ -96,18 +103,21 @@ class Judge:
         return Reply(self._fit_to_keep(text), self.clean(reason) or None, seconds, held)
 
     def _ask_once(
-        self, prompt: str, schema: dict[str, Any] | None, seed: int
+        self, prompt: str, schema: dict[str, Any] | None, seed: int, raw: bool
     ) -> tuple[str | None, str]:
         schema = schema if self._takes_schema else None
         body = chat_body(self.config, prompt, schema, seed)
-        url = self.address + chat_path(self.config)
+        path = chat_path(self.config)
+        if raw:
+            body, path = raw_body(self.config, prompt, seed), RAW_PATH
+        url = self.address + path
         try:
             content = self.send("POST", url, body, self.config.timeout)
         except RefusedError as error:
             if schema is None or not re.search("schema|format|grammar", str(error), re.I):
                 raise
             self._takes_schema = False
-            return self._ask_once(prompt, None, seed)
+            return self._ask_once(prompt, None, seed, raw)
         return read_chat(self.config, content)
 
     def send(self, method: str, url: str, body: Any, timeout: float) -> bytes:

@@ -1,8 +1,9 @@
 """The two languages judges speak, as pure functions: prompt → request body, reply body → text.
 
-`ollama` is POST /api/chat, whose reply is one JSON object or one per line; `openai` is POST
-/v1/chat/completions, one JSON object or server-sent events. A reply may come streamed or whole
-whatever was asked for; both are understood. Nothing here touches the network.
+`ollama` is POST /api/chat (/api/generate for raw prompts), whose reply is one JSON object or one
+per line; `openai` is POST /v1/chat/completions, one JSON object or server-sent events. A reply may
+come streamed or whole whatever was asked for; both are understood. Nothing here touches the
+network.
 
 Sources: Ollama's docs/api.md; OpenAI's reference of chat completions.
 """
@@ -13,6 +14,8 @@ import json
 from typing import Any
 
 from lightning_sft.judging.judge import JudgeConfig
+
+RAW_PATH = "/api/generate"  # Ollama's
 
 
 class PassingError(Exception):
@@ -61,6 +64,13 @@ def chat_body(
     return body
 
 
+def raw_body(config: JudgeConfig, prompt: str, seed: int) -> dict[str, Any]:
+    """Ollama's request for a prompt that goes to the model as it is."""
+    body = chat_body(config, prompt, None, seed)
+    del body["messages"]
+    return body | {"prompt": prompt, "raw": True}
+
+
 def read_chat(config: JudgeConfig, content: bytes) -> tuple[str, str]:
     """The reply's text, and the reason why it cannot count (empty when it can).
 
@@ -95,7 +105,11 @@ def model_names(config: JudgeConfig, listing: Any) -> list[str] | None:
 
 def _read_ollama(config: JudgeConfig, content: bytes) -> tuple[str, str]:
     pieces = _json_objects(content)
-    texts = [_as_dict(piece.get("message")).get("content") for piece in pieces]
+    # A chat has messages, a raw answer does not.
+    texts = [
+        _as_dict(piece.get("message", {"content": piece.get("response")})).get("content")
+        for piece in pieces
+    ]
     last = pieces[-1]
     if not last.get("done"):
         raise PassingError("the reply broke off before its end")

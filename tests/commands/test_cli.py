@@ -46,7 +46,7 @@ def test_what_needs_no_torch_does_not_import_it(tmp_path: Path) -> None:
         "except SystemExit: pass\n"
         "print('torch' in sys.modules)"
     )
-    others = (["prepare", "--help"],)
+    others = (["prepare", "--help"], ["synthesize", "--help"])
     for arguments in (
         ["--help"],
         ["score", "--help"],

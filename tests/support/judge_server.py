@@ -6,8 +6,9 @@
 
 A script is a list of acts, used in the order of arrival (the last one goes on for ever), or a
 function from the prompt to an act. An act is the text of a reply or one of the faults below.
-Ollama's side follows its docs/api.md (POST /api/chat, streamed or not; GET /api/tags), the other
-one OpenAI's chat completions (JSON or server-sent events; GET /v1/models) with llama.cpp's /health.
+Ollama's side follows its docs/api.md (POST /api/chat, streamed or not; POST /api/generate for raw
+prompts; GET /api/tags), the other one OpenAI's chat completions (JSON or server-sent events; GET
+/v1/models) with llama.cpp's /health.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             judge.requests.append({"path": self.path, "headers": dict(self.headers), "body": body})
-            if not body["messages"]:  # Ollama's way of loading a model
+            if self.path == "/api/generate":  # a raw prompt
+                self.act(judge.next_act(body["prompt"]), body)
+            elif not body["messages"]:  # Ollama's way of loading a model
                 self.act(judge.load or Raw({"done": True, "done_reason": "load"}), body)
             else:
                 self.act(judge.next_act(body["messages"][-1]["content"]), body)
@@ -206,6 +209,10 @@ def _handler(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
                     "done_reason": act.finish,
                     "prompt_eval_count": act.prompt_tokens,
                 }
+                if "prompt" in body:
+                    lines = [{"response": c, "done": False} for c in text or ""]
+                    lines.append({"response": ""} | end)
+                    return [json.dumps(line).encode() + b"\n" for line in lines]
                 message = {"role": "assistant"} | ({} if text is None else {"content": text})
                 if not stream:
                     return [json.dumps({"message": message} | end).encode()]
