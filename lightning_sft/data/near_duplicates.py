@@ -114,7 +114,9 @@ def _search(vectors: Any, threshold: float) -> Iterator[tuple[Places, Places, Fi
     for begin in tqdm(range(0, count, rows), "Comparing", disable=None):
         # Rows before `begin` have met these already.
         bounds = lengths[begin : begin + rows] @ lengths[begin:].T
-        first, second = np.nonzero(bounds >= threshold - FLOAT32)
+        # Flat, because numpy looks through one dimension fifty times as fast as through two.
+        near = np.flatnonzero(bounds >= threshold - FLOAT32)
+        first, second = np.divmod(near, count - begin)
         later = second > first
         yield _compare(vectors, first[later] + begin, second[later] + begin, threshold)
 

@@ -12,6 +12,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ QUANTILES = {"least": 0.0, "1 %": 0.01, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75,
 QUANTILES["most"] = 1.0
 FENCE = 3.0  # interquartile ranges; Tukey's outer fence, "far out"
 FEWEST_LETTERS = 4  # a text with fewer has no alphabet: a number, a formula
+LATIN_LETTERS = re.compile(f"(?:[A-Za-z][^A-Za-z]*){{{FEWEST_LETTERS}}}")
 NO_LETTERS = "no letters"
 
 
@@ -74,9 +76,10 @@ def find_scripts(texts: Sequence[str]) -> Scripts:
 
 def find_script(text: str) -> str:
     """The script of most letters, or `no letters` where there are fewer than four."""
-    letters = Counter(text)
+    if text.isascii():  # as most are, and fast
+        return "LATIN" if LATIN_LETTERS.search(text) else NO_LETTERS
     found: Counter[str] = Counter()
-    for character, count in letters.items():
+    for character, count in Counter(text).items():
         if (script := _script_of(character)) is not None:
             found[script] += count
     return found.most_common(1)[0][0] if found.total() >= FEWEST_LETTERS else NO_LETTERS

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from alpaca_scale import make_entries
 from lightning_sft.data.config import DataConfig
 from support.runs import run
 
@@ -230,3 +234,20 @@ def test_blank_answers_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "data.json"
     path.write_text(json.dumps(records))
     assert "blank answers: 1, 3\n" in prepare(capsys, "--data.path", path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells the peak")
+def test_100_000_entries_fit_into_two_gigabytes(tmp_path: Path, here: Path) -> None:
+    """In a process of its own, for its peak of memory. The aim for its time is two minutes."""
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps(make_entries(100_000, random.Random(1))))
+    program = (
+        "import sys; from lightning_sft.__main__ import main;"
+        "assert main(['prepare', '--data.path', sys.argv[1]]) == 0;"
+        "peak = open('/proc/self/status').read().split('VmHWM:')[1]; print(peak.split()[0])"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout
+    assert int(out.split()[-1]) < 2_000_000  # KiB
