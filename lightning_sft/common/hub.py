@@ -178,6 +178,8 @@ def _ask_once(repository: Repository) -> None:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
+    if not constants.ENDPOINT.startswith(("http://", "https://")):
+        raise InputError(f"HF_ENDPOINT: {constants.ENDPOINT!r} is not an http or https address")
     url = hf_hub_url(repository.name, CONFIG, revision=repository.revision)
     try:
         get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)

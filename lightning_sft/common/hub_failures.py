@@ -48,6 +48,8 @@ def explain_failure(error: Exception, name: str, revision: str) -> LightningSFTE
             f"{shown} has no {file}; a model is read from config.json and model.safetensors (whole "
             "or in shards), a GGUF from a path of this machine"
         )
+    if isinstance(error, UnicodeError):  # nothing else of a request is not checked before
+        return InputError("HF_TOKEN: holds characters that no token has")
     if isinstance(error, errors.HFValidationError):
         return InputError(f"{name!r} is no name on the hub; a name is owner/name")
     if isinstance(error, errors.DisabledRepoError):
@@ -76,7 +78,10 @@ def explain_failure(error: Exception, name: str, revision: str) -> LightningSFTE
     if package in _PACKAGES or isinstance(error, OSError):
         text = hide_keys(" ".join(str(error).split()))[:150]
         reason = f"{type(error).__name__}: {text}".rstrip(": ")
-        return ServiceError(f"{shown} could not be fetched from {host} ({reason}); {later}")
+        return ServiceError(
+            f"{shown} is not whole in the cache and could not be fetched from {host} ({reason}); "
+            + later
+        )
     raise error
 
 

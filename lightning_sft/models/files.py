@@ -63,8 +63,8 @@ def find_weights(source: str) -> Path:
     if hub.find_repository(source) is None:
         shown = [name for name in REPOSITORIES if not name.endswith("-instruct")]
         raise InputError(
-            f"weights: {source!r} is neither a file nor a folder nor one of {', '.join(shown)} (or "
-            "-instruct of these), nor owner/name on the hub"
+            f"weights: {source!r} is neither a file nor a folder nor one of {', '.join(shown)} "
+            "(the newer ones also with -instruct), nor owner/name on the hub"
         )
     return fetch_weights(source)
 

@@ -249,6 +249,16 @@ def test_a_token_that_is_no_longer_valid(hub):
     assert TOKEN not in message
 
 
+def test_a_token_that_is_none(hub):
+    hub.monkeypatch.setenv("HF_TOKEN", "hf_ä")
+    assert refusal(NAME, InputError) == "HF_TOKEN: holds characters that no token has"
+
+
+def test_a_mirror_that_is_no_address(hub):
+    hub.move("example.org")
+    assert "HF_ENDPOINT: 'example.org' is not an http or https address" in refusal(NAME, InputError)
+
+
 def test_a_repository_without_safetensors(hub):
     hub.add("owner/pickles", {k: v for k, v in FILES.items() if "safetensors" not in k})
     message = refusal("owner/pickles", InputError)
@@ -281,7 +291,8 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
     message = refusal("owner/other", ServiceError)
-    assert "owner/other could not be fetched from http://127.0.0.1:9 (ConnectError" in message
+    assert message.startswith("owner/other is not whole in the cache and could not be fetched")
+    assert "from http://127.0.0.1:9 (ConnectError" in message
     assert "`python -m lightning_sft download owner/other`" in message
     assert waits == []
     assert fetch(NAME) == folder

@@ -481,7 +481,10 @@ def test_without_a_hub_it_is_said_what_to_do(hub, tmp_path):
     hub.move("http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(ServiceError) as error:
         load_logits("gpt2-medium")
-    assert f"{REPOSITORY} could not be fetched from http://127.0.0.1:9" in str(error.value)
+    assert (
+        f"{REPOSITORY} is not whole in the cache and could not be fetched from http://127.0.0.1:9"
+        in str(error.value)
+    )
     assert "or give the folder that holds it" in str(error.value)
     (tmp_path / "by hand").mkdir()
     (tmp_path / "by hand" / "model.safetensors").write_bytes(tiny_safetensors(tmp_path))
