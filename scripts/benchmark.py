@@ -2,12 +2,14 @@
 
 Ours runs through its own command line and Trainer; beside it the chapter's loop around the package
 `llms_from_scratch`, transformers in a plain loop, and TRL's SFTTrainer: one architecture, random
-weights, an untied head, the same rows in the chapter's order. Each measurement is a process of its
-own, and the peers take turns, so that a slow minute of the machine meets all of them. A peer that
-is not installed is left out. docs/performance.md says what each figure means.
+weights, the same rows in the chapter's order. GPT-2's head is untied, as the chapter's is. Each
+measurement is a process of its own, and the peers take turns, so that a slow minute of the machine
+meets all of them. A peer that is not installed is left out. docs/performance.md says what each
+figure means.
 
     pip install -e '.[bench]' && pip install --no-deps llms-from-scratch
     python scripts/benchmark.py --out benchmark              # results.json, .md and .png in there
+    python scripts/benchmark.py --architecture smollm2-135m --tokenizer MODEL.gguf --style chatml
     python scripts/benchmark.py --quick --architecture '{"emb_dim": 32, "n_heads": 4}'
 """
 
@@ -59,6 +61,7 @@ for _name, _bf16 in (("fp32", {"bf16": False}), ("bf16", {"bf16": True})):
     }
     PEERS["generation"] |= {
         f"ours {_name} × 1": (answer_ours, _bf16 | {"rows": 1, "most": 4}),
+        f"transformers {_name} × 1": (answer_transformers, _bf16 | {"rows": 1, "most": 4}),
         f"ours {_name} × 8": (answer_ours, _bf16 | {"rows": 8}),
         f"transformers {_name} × 8": (answer_transformers, _bf16 | {"rows": 8}),
         f"ours {_name} × 32": (answer_ours, _bf16 | {"rows": 32}),
@@ -119,6 +122,8 @@ Results = dict[str, list[dict[str, Any]]]
 def measure_in_turn(part: str, repeats: int, run: Namespace, left_out: str) -> Results:
     """Every peer once, then every peer again, but for those whose name holds `left_out`."""
     names = [name for name in PEERS[part] if not left_out or left_out not in name]
+    if run.tokenizer:  # of another family than the chapter's model
+        names = [name for name in names if not name.startswith("chapter")]
     needed = {name: PACKAGES.get(name.split()[0], "transformers") for name in names}
     results: Results = {name: [] for name in needed if importlib.util.find_spec(needed[name])}
     for name, package in needed.items():
@@ -180,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default=book, help="the chapter's instruction-data.json")
     parser.add_argument("--only", choices=list(PEERS))
     parser.add_argument("--architecture", default="gpt2-small", help="or JSON of GPTConfig fields")
+    parser.add_argument("--tokenizer", default="", help="folder or GGUF, for another than GPT-2")
+    parser.add_argument("--style", default="alpaca", help="prompt style of the rows")
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all peers")
     parser.add_argument("--steps", type=int, default=6, help="timed training steps")
     parser.add_argument("--threads", type=int, default=2)
@@ -199,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     if architecture.startswith("{"):
         architecture = json.loads(architecture)
     run = Namespace(data=options.data, architecture=architecture, steps=steps)
+    run.tokenizer, run.style = options.tokenizer, options.style
     run.threads, run.new_tokens, run.prompts = options.threads, new_tokens, prompts
     machine = start_job("machine", "", run)
     print(json.dumps(machine, indent=4), flush=True)

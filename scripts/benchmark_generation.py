@@ -7,7 +7,14 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from benchmark_models import get_config, make_chapter_model, make_transformers_model, peak_memory
+from benchmark_models import (
+    get_config,
+    make_chapter_model,
+    make_data,
+    make_our_model,
+    make_transformers_model,
+    peak_memory,
+)
 
 Answer = Callable[[list[list[int]], int], list[list[int]]]  # prompts, new tokens → the new ids
 
@@ -17,9 +24,8 @@ def answer_ours(run: Namespace, *, bf16: bool) -> Answer:
     import torch
 
     from lightning_sft.decoding.generation import generate
-    from lightning_sft.models.gpt2 import GPTModel
 
-    model = GPTModel(get_config(run)).to(torch.bfloat16 if bf16 else torch.float32)
+    model = make_our_model(run).to(torch.bfloat16 if bf16 else torch.float32)
     ends: dict[str, Any] = {
         "batch_size": 1_000_000,
         "eos_token_id": None,
@@ -63,9 +69,7 @@ def measure_generation(
     prepare: Callable[..., Answer], run: Namespace, rows: int, most: int = 110, **options: Any
 ) -> dict[str, Any]:
     """Answers to the test prompts, or to `most` of them, evenly picked; like lengths together."""
-    from lightning_sft.data.datamodule import InstructionDataModule
-
-    data = InstructionDataModule(run.data)
+    data = make_data(run)
     texts = [data.style.prompt(entry) for entry in data.split("test")][: run.prompts]
     prompts = sorted((data.tokenizer.encode(text) for text in texts), key=len)
     prompts = prompts[:: max(len(prompts) // most, 1)][:most]

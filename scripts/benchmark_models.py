@@ -1,4 +1,4 @@
-"""The models that `benchmark.py` compares: one architecture, random weights, an untied head."""
+"""The models and the data that `benchmark.py` compares: one architecture, random weights."""
 
 from __future__ import annotations
 
@@ -21,6 +21,43 @@ def get_config(run: Namespace) -> Any:
     return registry.get_config(run.architecture)
 
 
+def make_data(run: Namespace) -> Any:
+    """The data of all peers: rows of ids in the style and of the tokenizer that were asked for."""
+    from lightning_sft.data.datamodule import InstructionDataModule
+    from lightning_sft.data.find_tokenizer import read_tokenizer
+
+    data = InstructionDataModule(run.data, prompt_style=run.style)
+    if run.tokenizer:
+        data.tokenizer = read_tokenizer(run.tokenizer)
+    return data
+
+
+def is_gpt2(run: Namespace) -> bool:
+    from lightning_sft.models.gpt2 import GPTConfig
+
+    return isinstance(get_config(run), GPTConfig)
+
+
+def product_shapes(run: Namespace) -> list[tuple[int, int]]:
+    """(in, out) of the matrices of all blocks."""
+    config = get_config(run)
+    width = config.emb_dim
+    if is_gpt2(run):
+        shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    else:
+        heads, groups = config.n_heads * config.head_dim, config.n_kv_groups * config.head_dim
+        shapes = [(width, heads), (width, groups), (width, groups), (heads, width)]
+        shapes += [(width, config.hidden_dim)] * 2 + [(config.hidden_dim, width)]
+    return shapes * config.n_layers
+
+
+def make_our_model(run: Namespace) -> Any:
+    from lightning_sft.models import registry
+
+    config = get_config(run)
+    return registry.family_of(config).model(config)
+
+
 def make_chapter_model(run: Namespace) -> Any:
     from llms_from_scratch.ch04 import GPTModel
 
@@ -28,9 +65,16 @@ def make_chapter_model(run: Namespace) -> Any:
 
 
 def make_transformers_model(run: Namespace) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    from lightning_sft.models import registry
 
     ours = get_config(run)
+    if not is_gpt2(run):
+        facts = registry.family_of(ours).hf_config(ours)
+        theirs = AutoConfig.for_model(**facts)
+        theirs.dtype = "float32"
+        return AutoModelForCausalLM.from_config(theirs)
     sizes: dict[str, Any] = {
         "n_embd": ours.emb_dim,
         "n_layer": ours.n_layers,

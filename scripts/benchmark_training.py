@@ -13,10 +13,18 @@ from statistics import mean, median
 from typing import Any
 from unittest import mock
 
-from benchmark_models import get_config, make_chapter_model, make_transformers_model, peak_memory
+from benchmark_models import (
+    get_config,
+    is_gpt2,
+    make_chapter_model,
+    make_data,
+    make_transformers_model,
+    peak_memory,
+    product_shapes,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-BATCH_SIZE, SEED, END_OF_TEXT, IGNORE_INDEX = 8, 123, 50256, -100
+BATCH_SIZE, SEED, IGNORE_INDEX = 8, 123, -100
 ADAMW: dict[str, Any] = {"lr": 5e-5, "weight_decay": 0.1}
 
 
@@ -90,7 +98,8 @@ def train_ours(
 
     watched = mock.patch.object(training_command, "SFTCLI", WatchedCLI)
     with watched, tempfile.TemporaryDirectory() as folder:
-        arguments = ["fit", f"--config={CONFIGS / 'gpt2-small.yaml'}", "--model.weights=null"]
+        base = "gpt2-small.yaml" if is_gpt2(run) else "smollm2-135m.yaml"
+        arguments = ["fit", f"--config={CONFIGS / base}", "--model.weights=null"]
         arguments += [f"--config={CONFIGS / 'bf16.yaml'}"] * bf16
         arguments += [f"--config={CONFIGS / name}" for name in overlays]
         arguments += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--run.dir={folder}"]
@@ -100,6 +109,8 @@ def train_ours(
         shape = run.architecture if named else json.dumps(run.architecture)
         arguments += [f"--model.architecture={shape}"]
         arguments += [f"--data.max_length={get_config(run).context_length}"]
+        arguments += [f"--data.prompt_style={run.style}", "--data.mask_prompt=false"]
+        arguments += [f"--model.tokenizer={run.tokenizer}"] * bool(run.tokenizer)
         run_command([*arguments, f"--data.path={run.data}"])
 
 
@@ -117,7 +128,7 @@ def train_chapter(run: Namespace, recorder: Recorder) -> None:
 
 
 def train_transformers(run: Namespace, recorder: Recorder, *, bf16: bool) -> None:
-    """GPT2LMHeadModel with an attention mask and its own loss, and fused AdamW."""
+    """transformers' own model with an attention mask and its own loss, and fused AdamW."""
     import torch
 
     model = make_transformers_model(run).train()
@@ -151,9 +162,10 @@ def train_trl(run: Namespace, recorder: Recorder, *, bf16: bool) -> None:
             return super().training_step(model, inputs, *args, **kwargs)
 
     end = "<|endoftext|>"  # the rows are ids already; the tokenizer only says how to pad them
-    vocabulary = Tokenizer(models.WordLevel({end: END_OF_TEXT}, unk_token=end))
+    end_id = make_data(run).tokenizer.eos_token_id
+    vocabulary = Tokenizer(models.WordLevel({end: end_id}, unk_token=end))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token=end, pad_token=end)
-    rows = [[*ids, END_OF_TEXT] for batch in row_batches(run) for ids in batch]
+    rows = [[*ids, end_id] for batch in row_batches(run) for ids in batch]
     settings: dict[str, Any] = {"bf16": bf16, "use_cpu": True, "optim": "adamw_torch_fused"}
     settings |= {"learning_rate": ADAMW["lr"], "weight_decay": ADAMW["weight_decay"]}
     settings |= {"per_device_train_batch_size": BATCH_SIZE, "train_sampling_strategy": "sequential"}
@@ -172,10 +184,9 @@ def train_trl(run: Namespace, recorder: Recorder, *, bf16: bool) -> None:
 
 def row_batches(run: Namespace) -> list[list[list[int]]]:
     """Token ids of the chapter's first batches: to warm up, to time, and one to end on."""
-    from lightning_sft.data.datamodule import InstructionDataModule
     from lightning_sft.data.order import epoch_order
 
-    rows = InstructionDataModule(run.data).rows("train")
+    rows = make_data(run).rows("train")
     order = epoch_order(len(rows), SEED, 0)[: BATCH_SIZE * (run.steps + 2)]
     ids = [list(map(int, rows[place].ids)) for place in order]
     return [ids[k : k + BATCH_SIZE] for k in range(0, len(ids), BATCH_SIZE)]
@@ -185,9 +196,10 @@ def padded_batches(run: Namespace, recorder: Recorder) -> Iterator[dict[str, Any
     """The same rows, padded as in the chapter; making a batch is part of its step."""
     from lightning_sft.data.batching import collate
 
+    end_id = make_data(run).tokenizer.eos_token_id
     for rows in row_batches(run):
         recorder.start_step()
-        recorder.batches.append(collate(rows))
+        recorder.batches.append(collate(rows, eos_token_id=end_id, pad_token_id=end_id))
         yield recorder.batches[-1]
 
 
@@ -223,10 +235,8 @@ def time_products(run: Namespace, rows: int, head_rows: int, bf16: bool = False,
     import torch
 
     config, dtype = get_config(run), torch.bfloat16 if bf16 else torch.float32
-    width = config.emb_dim
-    block = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
-    shapes = [(rows, *shape) for shape in block * config.n_layers]
-    shapes.append((head_rows, width, config.vocab_size))
+    shapes = [(rows, *shape) for shape in product_shapes(run)]
+    shapes.append((head_rows, config.emb_dim, config.vocab_size))
     weights = [torch.randn(n_out, n_in, dtype=dtype) for _, n_in, n_out in shapes]
 
     def products() -> float:

@@ -50,7 +50,8 @@
   function choose(choice) {
     const item = data.items[at];
     if (!item) return;
-    votes[item.item] = choice;
+    // What is kept may know more than this page: of another tab, or what a quick reload came before.
+    votes = { ...load(), ...votes, [item.item]: choice };
     save();
     at += 1;
     show();

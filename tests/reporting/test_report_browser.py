@@ -265,6 +265,12 @@ def votes_in(folder: Path) -> dict:
     raise AssertionError("nothing was downloaded")
 
 
+def state_after_refresh(browser) -> str:
+    browser.refresh()
+    wait_for(lambda: bool(find(browser, "#state").text))
+    return find(browser, "#state").text
+
+
 def test_blind_vote_from_clicks_to_compare(browser, run, comparison, downloads, tmp_path):
     """A person who always picks what the second run said, told by nothing but the text."""
     other = json.loads((comparison / "comparison.json").read_text())["comparisons"][0]
@@ -281,9 +287,8 @@ def test_blind_vote_from_clicks_to_compare(browser, run, comparison, downloads, 
             find(browser, "body").send_keys(key)
     assert "thank you" in find(browser, "#state").text
     assert not find(browser, "#pair").is_displayed()
-    browser.refresh()  # votes are kept in the browser
-    wait_for(lambda: bool(find(browser, "#state").text))
-    assert find(browser, "#state").text.startswith("12 of 12 voted")
+    # Votes are kept in the browser, which writes them down in its own time.
+    wait_for(lambda: state_after_refresh(browser).startswith("12 of 12 voted"))
     find(browser, "#export").click()
     votes = tmp_path / "votes.json"
     votes.write_text(json.dumps(votes_in(downloads)))
@@ -304,9 +309,7 @@ def random_numbers(seed: int) -> list[int]:
 def test_blind_vote_back_and_tie(browser, comparison):
     open_page(browser, comparison / "blind-vote.html")
     browser.execute_script("localStorage.clear()")
-    browser.refresh()
-    # The refreshed page is there before its script has drawn the first pair.
-    wait_for(lambda: bool(find(browser, "#instruction").text))
+    wait_for(lambda: state_after_refresh(browser).startswith("0 of 12 voted"))
     first = find(browser, "#instruction").text
     find(browser, "[data-choice=tie]").click()
     assert find(browser, "#instruction").text != first

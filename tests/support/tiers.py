@@ -30,6 +30,7 @@ START_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "
 def mark(item: pytest.Function) -> None:
     """Give a test its tier, unless it says so itself."""
     if any(item.get_closest_marker(tier) for tier in TIERS):
+        _forgive_the_clock(item)
         return
     functions = [item.function]
     for definitions in item._fixtureinfo.name2fixturedefs.values():
@@ -37,6 +38,13 @@ def mark(item: pytest.Function) -> None:
     names = set().union(item.fixturenames, *(_names_in(function) for function in functions))
     tier = "process" if names & PROCESS_NAMES else "unit"
     item.add_marker("browser" if names & BROWSER_NAMES else tier)
+    _forgive_the_clock(item)
+
+
+def _forgive_the_clock(item: pytest.Function) -> None:
+    """What waits for other processes is tried once more; the summary names what needed it."""
+    if not item.get_closest_marker("unit"):
+        item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 def _names_in(function: Any) -> set[str]:
