@@ -249,6 +249,14 @@ def test_a_token_that_is_no_longer_valid(hub):
     assert TOKEN not in message
 
 
+def test_a_page_to_log_in_is_no_model(hub):
+    """As a network sends it that wants its own log-in first."""
+    page = Reply(200, b"<html>Log in", {"Content-Type": "text/html"})
+    hub.server.default["/owner/other/resolve/main/config.json"] = page
+    assert "FileMetadataError" in refusal("owner/other", ServiceError)
+    assert not list(hub.cache.glob("models--owner--other/blobs/*"))
+
+
 def test_a_token_that_is_none(hub):
     hub.monkeypatch.setenv("HF_TOKEN", "hf_ä")
     assert refusal(NAME, InputError) == "HF_TOKEN: holds characters that no token has"
