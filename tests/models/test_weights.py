@@ -452,6 +452,13 @@ def test_a_name_is_fetched_once(hub, tmp_path):
     assert cached.read_bytes() == tiny_safetensors(tmp_path)
 
 
+def test_shards_of_a_repository(hub, hf_folders):
+    folder, expected = hf_folders["untied"]
+    hub.add("owner/sharded", folder / "shards")
+    torch.testing.assert_close(load_logits("owner/sharded"), expected, atol=1e-5, rtol=1e-5)
+    assert len([r for r in hub.storage.requests if r.method == "GET"]) > 1
+
+
 def test_a_local_path_goes_before_a_name(hub, tmp_path, monkeypatch):
     (tmp_path / "gpt2-medium").mkdir()
     (tmp_path / "gpt2-medium" / "model.safetensors").write_bytes(tiny_safetensors(tmp_path))
