@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import socket
 import subprocess
 import sys
@@ -386,9 +387,17 @@ def test_a_cache_that_cannot_be_written_to(hub, tmp_path):
     assert "HF_HOME moves it" in message
 
 
-def test_a_full_disk_is_no_fault_of_the_network():
+def test_a_full_disk(hub):
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(WEIGHTS) // 2, hard))
+    try:
+        message = refusal(NAME, ServiceError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written (File too large); HF_HOME moves it" in message
+    assert not list(hub.cache.rglob("*.incomplete"))
+    assert (fetch(NAME) / "model.safetensors").read_bytes() == WEIGHTS
     error = explain_failure(OSError(errno.ENOSPC, "No space left on device"), NAME, "main")
-    assert isinstance(error, ServiceError)
     assert "cannot be written (No space left on device)" in str(error)
 
 
