@@ -17,8 +17,6 @@ from alpaca_scale import make_entries
 from lightning_sft.data.config import DataConfig
 from support.runs import run
 
-pytest.importorskip("sklearn")
-
 EVIL = '</script><script>pwned()</script><img src="http://evil/x" onerror="pwned()">'
 
 

@@ -17,8 +17,6 @@ from lightning_sft.data import near_duplicates
 from lightning_sft.data.entries import Entry, split_entries
 from lightning_sft.data.near_duplicates import Twins, comparison_text, find_twins
 
-pytest.importorskip("sklearn")
-
 ENTRIES = [
     "What is the capital of Italy?",
     "What is the capital of Italy",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,8 +19,6 @@ from lightning_sft.data.twin_groups import (
     find_nearest,
     regroup,
 )
-
-pytest.importorskip("scipy")
 
 
 def make_twins(text_of: list[int], pairs: list[tuple[int, int, float]]) -> Twins:

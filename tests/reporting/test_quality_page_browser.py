@@ -12,7 +12,6 @@ from lightning_sft.data.quality import examine, summarize_quality
 from lightning_sft.reporting.quality_page import render_quality
 from support.browser import EVIL, chromium
 
-pytest.importorskip("sklearn")
 pytestmark = pytest.mark.timeout(120)
 
 
