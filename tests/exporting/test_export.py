@@ -25,6 +25,7 @@ from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.chat_template import jinja_template
 from lightning_sft.data.entries import Entry, read_entries
+from lightning_sft.data.find_tokenizer import is_llama
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from lightning_sft.decoding.generation import GenerationConfig, generate
@@ -212,6 +213,9 @@ def test_our_own_code_loads_each_export(trained, hf_folder, tmp_path):
         load_weights(other, str(source))
         pairs = zip(model.parameters(), other.parameters(), strict=True)
         assert all(torch.equal(left, right) for left, right in pairs)
+        # Also where nobody says its architecture but the config.json beside it.
+        assert load_for_answers(str(source))[0].config == model.config
+        assert not is_llama(str(source))
 
 
 # --- Tokenizer, chat template, settings: see also test_chat_template.py ---

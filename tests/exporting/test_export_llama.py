@@ -19,7 +19,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.chat_template import jinja_template
 from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.data.entries import Entry
-from lightning_sft.data.find_tokenizer import read_tokenizer
+from lightning_sft.data.find_tokenizer import is_llama, read_tokenizer
 from lightning_sft.data.gguf_vocabulary import vocabulary_of
 from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import get_style
@@ -288,6 +288,7 @@ def test_our_own_code_loads_the_pth(kind, folder_of, tmp_path, few_tokens):
     loaded = load_model(path, device="cpu", prompt_style=KINDS[kind].style)
     assert_same(loaded.model, make_tiny(KINDS[kind].config))
     assert loaded.tokenizer.name == make_tokenizer(kind).name
+    assert is_llama(str(path))  # by the fields in config.json, without torch
 
 
 # --- Runs ---
