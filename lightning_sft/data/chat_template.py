@@ -45,13 +45,19 @@ _JINJA = """\
 {{%- endif -%}}"""
 
 
-def jinja_template(style: PromptStyle) -> str:
-    """The style as a Jinja template of `messages` and `add_generation_prompt`."""
+def jinja_template(style: PromptStyle, bos_token: str | None = None) -> str:
+    """The style as a Jinja template of `messages` and `add_generation_prompt`.
+
+    Args:
+        bos_token: What every row of the model begins with. transformers adds nothing to a rendered
+            conversation; llama.cpp takes it off where it adds one itself.
+    """
     before, after = style.instruction.split("{instruction}")
     before_input, after_input = style.input.split("{input}")
     # A header that the model writes itself is part of the answer that a client sends back.
     header = style.header if style.header_in_prompt else ""
-    return _JINJA.format(
+    begin = "" if bos_token is None else f"{{{{- {_quote(bos_token)} -}}}}\n"
+    return begin + _JINJA.format(
         before=_quote(before),
         after=_quote(after),
         before_input=_quote(before_input),

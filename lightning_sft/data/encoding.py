@@ -72,6 +72,12 @@ def check_style(style: PromptStyle, tokenizer: Tokenizer) -> None:
         )
 
 
+def bos_token(tokenizer: Tokenizer) -> str | None:
+    """The name of the token that every row begins with, where the model wants one."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return None if begin is None else tokenizer.decode([begin])
+
+
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Ids of special tokens by their names; none of a tokenizer that has only text."""
     return getattr(tokenizer, "special_tokens", {})

@@ -90,4 +90,7 @@ def is_llama(weights: str) -> bool:
     if not file.is_file():
         return False
     facts = files.read_json(file, files.MOST_SMALL)
-    return isinstance(facts, dict) and facts.get("model_type") != "gpt2"
+    if not isinstance(facts, dict):
+        return False
+    is_book = "emb_dim" in facts  # the fields of ours that `export --format pth` writes
+    return bool(_LLAMA_FIELDS & facts.keys()) if is_book else facts.get("model_type") != "gpt2"

@@ -50,13 +50,13 @@ def _split(most_digits: str) -> pre_tokenizers.PreTokenizer:
 
 
 # How a vocabulary cuts text before it merges, by the name that GGUF has for it.
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": _GPT2,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2]),
     "llama-bpe": _split("{1,3}"),
     "qwen2": _split(""),
 }
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF's types of tokens
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # GGUF's types of tokens
 
 
 class HFTokenizer:
@@ -143,9 +143,9 @@ class HFTokenizer:
         kind, cut = (facts.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
         if kind != "gpt2":
             raise InputError(f"GGUF: tokenizer {kind!r} is not supported; allowed: gpt2")
-        if cut not in _PRE_TOKENIZERS:
+        if cut not in PRE_TOKENIZERS:
             raise InputError(
-                f"GGUF: tokenizer.ggml.pre {cut!r} is not one of {', '.join(_PRE_TOKENIZERS)}"
+                f"GGUF: tokenizer.ggml.pre {cut!r} is not one of {', '.join(PRE_TOKENIZERS)}"
             )
         tokens, merges = _fact(facts, "tokens"), _fact(facts, "merges")
         types = facts.get("tokenizer.ggml.token_type") or [1] * len(tokens)
@@ -153,18 +153,18 @@ class HFTokenizer:
         vocabulary = {
             token: number
             for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind != _UNUSED
+            if kind != UNUSED
         }
         is_llama3 = cut == "llama-bpe"
         pairs = [tuple(merge.split(" ", 1)) for merge in merges]
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=is_llama3))
-        tokenizer.pre_tokenizer = _PRE_TOKENIZERS[cut]
+        tokenizer.pre_tokenizer = PRE_TOKENIZERS[cut]
         tokenizer.decoder = decoders.ByteLevel()
         if cut == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
         for token, kind in zip(tokens, types, strict=True):
-            if kind in (_CONTROL, _USER_DEFINED):
-                is_special = kind == _CONTROL
+            if kind in (CONTROL, USER_DEFINED):
+                is_special = kind == CONTROL
                 tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
         begins = facts.get("tokenizer.ggml.add_bos_token", is_llama3)
         begin = tokens[_fact(facts, "bos_token_id")] if begins else None
@@ -181,14 +181,29 @@ class HFTokenizer:
             facts.get("tokenizer.chat_template"),
         )
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `from_folder` reads again."""
+    def save(self, folder: Path, **more: Any) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `from_folder` reads again.
+
+        Args:
+            more: Of tokenizer_config.json, for other programs; or in place of what would be there.
+        """
         facts = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.facts
-        facts["chat_template"] = self.chat_template
+        facts |= {"chat_template": self.chat_template} | more
         known = {name: value for name, value in facts.items() if value is not None}
         with files.atomic_write(folder / "tokenizer.json") as file:
             file.write(self._tokenizer.to_str())
         files.write_json(folder / "tokenizer_config.json", known)
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The library's own, for whoever writes it in another form."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Special tokens that are no text, unlike added words such as Qwen's <think>."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return frozenset(number for number, token in added if token.special)
 
     def token_id(self, token: str) -> int:
         """The id of a special token, by its name.

@@ -117,6 +117,11 @@ def read_vocabulary_file(name: str) -> bytes:
     return content
 
 
+def read_merges() -> list[str]:
+    """GPT-2's merges in order, `left right` each; the file's first line is a comment."""
+    return read_vocabulary_file("vocab.bpe").decode("utf-8").strip("\n").split("\n")[1:]
+
+
 def byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in a byte-level vocabulary, with the byte.
 

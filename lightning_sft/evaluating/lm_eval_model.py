@@ -2,12 +2,14 @@
 
 Only this file imports lm-eval (extra `eval`). Tokens, contexts that overflow and rolling windows
 follow lm-eval's own `hf` model, so that a checkpoint scores here as its exported folder does there.
+Tasks are texts, so a special token can only come as its name: as with transformers, the name of one
+is read as that token. GPT-2's vocabulary has none here.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2.sandbox
@@ -19,7 +21,9 @@ from tqdm import tqdm
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.chat_template import jinja_template
-from lightning_sft.data.encoding import special_tokens
+from lightning_sft.data.encoding import bos_token, encode_pieces
+from lightning_sft.data.prompts import Template
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.evaluating.likelihood import Progress, Request, generate_until, loglikelihoods
@@ -28,7 +32,7 @@ DEFAULT_NEW_TOKENS = 256  # as of lm-eval's hf model
 
 
 class EvalModel(TemplateLM):
-    """Answers lm-eval's three questions with a `GPTModel`.
+    """Answers lm-eval's three questions with a model of any family.
 
     Args:
         model: Its style is for tasks that are asked through the chat template.
@@ -37,11 +41,6 @@ class EvalModel(TemplateLM):
 
     def __init__(self, model: AnsweringModel, batch_size: int = 16) -> None:
         super().__init__()
-        if special_tokens(model.tokenizer):
-            raise InputError(
-                "evaluate: benchmarks are asked of GPT-2 only so far; this model's special tokens "
-                "have no place in lm-eval's texts yet"
-            )
         self.model, self.style, self.batch_size = model.model, model.style, batch_size
         self.bpe = model.tokenizer  # under `tokenizer`, lm-eval expects one of transformers
 
@@ -53,10 +52,21 @@ class EvalModel(TemplateLM):
     def max_length(self) -> int:
         return self.model.config.context_length
 
+    @property
+    def prefix_token_id(self) -> int:
+        """Before a text that nothing else is before."""
+        begin = getattr(self.bpe, "bos_token_id", None)
+        return self.eot_token_id if begin is None else begin
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        return self.bpe.encode(string)
+        """Ids of a text, the token that begins every row before it unless it is there already."""
+        ids = encode_pieces([Template(string)], self.bpe)
+        begin = getattr(self.bpe, "bos_token_id", None)
+        if add_special_tokens is None:
+            add_special_tokens = ids[:1] != [begin]
+        return [begin, *ids] if add_special_tokens and begin is not None else ids
 
     def _loglikelihood_tokens(
         self,
@@ -101,7 +111,9 @@ class EvalModel(TemplateLM):
                 stops, config = self._settings(requests[places[0]].args[1])
                 contexts = [self.tok_encode(requests[p].args[0]) for p in places]
                 contexts = [ids or [self.prefix_token_id] for ids in contexts]
-                written = generate_until(self.model, self.bpe, contexts, stops, config, progress)
+                written = generate_until(
+                    self.model, _Readable(self.bpe), contexts, stops, config, progress
+                )
                 for place, text in zip(places, written, strict=True):
                     texts[place] = text
         return texts
@@ -124,20 +136,38 @@ class EvalModel(TemplateLM):
         return [stop for stop in stops if stop], config
 
     @property
+    def _template(self) -> str:
+        return jinja_template(self.style, bos_token(self.bpe))
+
+    @property
     def tokenizer_name(self) -> str:
         return f"{self.bpe.name}-{self.style.name}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return jinja_template(self.style) if chat_template else None
+        return self._template if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
         environment.globals["raise_exception"] = _refuse
-        return environment.from_string(jinja_template(self.style)).render(
+        return environment.from_string(self._template).render(
             messages=chat_history, add_generation_prompt=add_generation_prompt
         )
+
+
+class _Readable:
+    """A tokenizer whose texts are without special tokens, as lm-eval's own model decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.name, self.vocab_size = tokenizer.name, tokenizer.vocab_size
+        self.eos_token_id = tokenizer.eos_token_id
+        self.encode, self.token_bytes = tokenizer.encode, tokenizer.token_bytes
+        self._decode = tokenizer.decode
+        self._left_out: frozenset[int] = getattr(tokenizer, "control_ids", frozenset())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decode([token for token in ids if token not in self._left_out])
 
 
 def _refuse(message: str) -> None:

@@ -21,19 +21,22 @@ import torch
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.exporting.export_gguf import GGUFType, load_gguf, modelfile, write_gguf
-from lightning_sft.exporting.export_hf import write_hf
+from lightning_sft.exporting.export_hf import write_hf, write_tokenizer
 from lightning_sft.exporting.exported_program import our_program
 from lightning_sft.exporting.model_card import model_card
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
-from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.loading import book_state_dict
 from lightning_sft.models.origin import Origin, read_origin
 from lightning_sft.models.ready import load_for_answers
 from lightning_sft.models.registry import model_name
 from lightning_sft.models.tensor_files import EXPORT_MARK
+from lightning_sft.models.tokenizer import find_answer_tokenizer
 from lightning_sft.runs.run_folder import checkpoint_in
 
 Format = Literal["pth", "hf", "gguf"]
@@ -96,18 +99,14 @@ def export(
     model, style = load_for_answers(
         ckpt_path, architecture, prompt_style, header_in_prompt, weights
     )
-    if not isinstance(model.config, GPTConfig):
-        raise InputError(
-            "export: only GPT-2 is exported so far; the .pth in a run's folder is this model as "
-            "the book saves it"
-        )
+    tokenizer = find_answer_tokenizer(model.config, ckpt_path)
     with new_folder(out) as folder:
-        file = _write(model, style, origin, format, gguf_type, folder)
-        card = model_card(model.config, style, origin, format, file)
+        file = _write(model, tokenizer, style, origin, format, gguf_type, folder)
+        card = model_card(model.config, tokenizer, style, origin, format, file)
         with files.atomic_write(folder / "README.md") as readme:
             readme.write(card)
         if verify:
-            _verify(model, style, format, gguf_type, folder)
+            _verify(model, tokenizer, style, format, gguf_type, folder)
         written = {
             path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
             for path in sorted(folder.iterdir())
@@ -205,6 +204,7 @@ def _generation(origin: Origin) -> GenerationConfig:
 
 def _write(
     model: GPTModel,
+    tokenizer: Tokenizer,
     style: PromptStyle,
     origin: Origin,
     format: Format,
@@ -213,30 +213,38 @@ def _write(
 ) -> str:
     """Write the format's own files; the name of the one with the weights."""
     if format == "hf":
-        write_hf(model, style, _generation(origin), folder)
+        write_hf(model, tokenizer, style, _generation(origin), folder)
         return "model.safetensors"
     if format == "gguf":
         file = f"{origin.name}-{gguf_type}.gguf"
-        write_gguf(model, style, origin.name, folder / file, gguf_type)
+        write_gguf(model, tokenizer, style, origin.name, folder / file, gguf_type)
         with files.atomic_write(folder / "Modelfile") as recipe:
-            recipe.write(modelfile(style, model.config, _generation(origin), file))
+            recipe.write(modelfile(style, tokenizer, model.config, _generation(origin), file))
         return file
     file = f"{model_name(model.config)}-sft.pth"
     with files.atomic_write(folder / file, "wb") as weights:
         torch.save(book_state_dict(model), weights)
     files.write_json(folder / "config.json", dataclasses.asdict(model.config))
+    if isinstance(tokenizer, HFTokenizer):  # GPT-2's is everywhere the same
+        write_tokenizer(tokenizer, style, folder, model.config.context_length)
     return file
 
 
 def _verify(
-    model: GPTModel, style: PromptStyle, format: Format, gguf_type: GGUFType, folder: Path
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    format: Format,
+    gguf_type: GGUFType,
+    folder: Path,
 ) -> None:
     """Compare the export with the model, whose weights are rounded as the export's are."""
-    prompts, length = make_prompts(style, model.config), model.config.context_length
-    expected = ask(our_program(model), prompts, length)
+    length, end = model.config.context_length, tokenizer.eos_token_id
+    prompts = make_prompts(style, model.config, tokenizer)
+    expected = ask(our_program(model, end), prompts, length)
     if gguf_type != "f32":
         round_model(model, gguf_type)
-        rounded = our_program(model, f"rounded to {gguf_type}")
+        rounded = our_program(model, end, f"rounded to {gguf_type}")
         effect = compare(rounded, expected, length)
         print(
             f"rounding to {gguf_type}: {effect.same} of {effect.count} greedy answers stay, "

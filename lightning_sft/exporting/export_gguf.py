@@ -12,7 +12,6 @@ Source: the GGUF format and the names of its keys, github.com/ggml-org/llama.cpp
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,22 +22,33 @@ from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import atomic_write
 from lightning_sft.data.chat_template import jinja_template, ollama_template
+from lightning_sft.data.encoding import bos_token, special_tokens
+from lightning_sft.data.gguf_vocabulary import vocabulary_of
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import END_OF_TEXT, read_vocabulary_file
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.generation import GenerationConfig
-from lightning_sft.exporting.export_hf import check_vocabulary, read_merges
-from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.gpt2_weights import gguf_names, iterate_hf
-from lightning_sft.models.tensor_files import check_digest
+from lightning_sft.exporting.export_hf import check_vocabulary
+from lightning_sft.exporting.gguf_model import gguf_architecture, iterate_gguf, model_facts
+from lightning_sft.models.decoder import Decoder
 
 if TYPE_CHECKING:
     import gguf
 
 GGUFType = Literal["f32", "f16", "q8_0"]
+_GPT2_NOTE = (
+    "# What is known of GPT-2 there (ollama issue 1285, closed): in December 2024 a maintainer",
+    "# wrote that importing a GGUF should work, in February 2025 a user that it ended in `unknown",
+    "# architecture`. If it does here too, llama.cpp's llama-server takes this file.",
+)
 
 
 def write_gguf(
-    model: GPTModel, style: PromptStyle, name: str, path: Path, gguf_type: GGUFType = "f32"
+    model: Decoder,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    name: str,
+    path: Path,
+    gguf_type: GGUFType = "f32",
 ) -> None:
     """Write a model into a GGUF file.
 
@@ -47,16 +57,17 @@ def write_gguf(
         gguf_type: Of the matrices; norms, biases and positions are always f32.
 
     Raises:
-        InputError: No package gguf, or fewer token ids than the tokenizer has.
+        InputError: No package gguf, fewer token ids than the tokenizer has, or a tokenizer that
+            llama.cpp has no name for.
     """
     gguf = load_gguf()
-    check_vocabulary(model.config)
-    state = model.state_dict()
+    check_vocabulary(model.config, tokenizer)
+    config, state = model.config, model.state_dict()
     with atomic_write(path, "wb") as file:
-        writer = gguf.GGUFWriter(file.name, "gpt2")
-        _add_model(writer, gguf, model.config, name, gguf_type)
-        _add_tokenizer(writer, gguf, model.config, style)
-        for tensor_name, tensor in iterate_gguf(state, model.config.n_layers):
+        writer = gguf.GGUFWriter(file.name, gguf_architecture(config))
+        _add_model(writer, gguf, config, name, gguf_type)
+        _add_tokenizer(writer, tokenizer, config.vocab_size, style)
+        for tensor_name, tensor in iterate_gguf(state, config):
             kind = tensor_type(tensor_name, tuple(tensor.shape), gguf_type)
             stored = _stored_shape(gguf, tensor.shape, kind)
             writer.add_tensor_info(
@@ -69,7 +80,7 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in iterate_gguf(state, model.config.n_layers):
+        for tensor_name, tensor in iterate_gguf(state, config):
             kind = tensor_type(tensor_name, tuple(tensor.shape), gguf_type)
             writer.write_tensor_data(quantize(tensor, kind))
         writer.close()
@@ -113,30 +124,12 @@ def unquantize(values: np.ndarray[Any, Any], kind: str) -> torch.Tensor:
     return torch.from_numpy(np.array(found, dtype=np.float32))
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metadata and tensors of a GGUF file, under the names they have there, as float32."""
-    gguf = load_gguf()
-    check_digest(path)  # the format has no checksum of its own
-    reader = gguf.GGUFReader(path)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    tensors = {t.name: unquantize(t.data, t.tensor_type.name) for t in reader.tensors}
-    return fields, tensors
-
-
-def to_hf_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """GGUF's tensors under Hugging Face's names and in its layout (matrices of blocks flipped)."""
-    n_layers = 1 + max(
-        (int(name.split(".")[1]) for name in tensors if name.startswith("blk.")), default=-1
-    )
-    names = {gguf: hf for hf, gguf in gguf_names(n_layers).items()}
-    return {
-        names.get(name, name): tensor.T if name.startswith("blk.") and tensor.ndim == 2 else tensor
-        for name, tensor in tensors.items()
-    }
-
-
 def modelfile(
-    style: PromptStyle, config: GPTConfig, generation: GenerationConfig, gguf_name: str
+    style: PromptStyle,
+    tokenizer: Tokenizer,
+    config: Any,
+    generation: GenerationConfig,
+    gguf_name: str,
 ) -> str:
     """Ollama's recipe for the GGUF file beside it."""
     parameters: dict[str, Any] = {
@@ -148,30 +141,19 @@ def modelfile(
     if generation.temperature > 0:  # named, as Ollama has limits of its own
         parameters["top_k"] = generation.top_k or 0
         parameters["top_p"] = 1.0 if generation.top_p is None else generation.top_p
-    stops = ["<|endoftext|>", *([style.end] if style.end.strip() else [])]
+    # The style's end may be the end-of-text token itself.
+    stops = dict.fromkeys([tokenizer.decode([tokenizer.eos_token_id]), style.end])
     lines = [
         "# ollama create NAME -f Modelfile",
         "#",
-        "# Not tried with Ollama by the authors. What is known of GPT-2 there (ollama issue 1285,",
-        "# closed): in December 2024 a maintainer wrote that importing a GGUF should work, in",
-        "# February 2025 a user that it ended in `unknown architecture`. If it does here too,",
-        "# llama.cpp's llama-server takes this file.",
+        "# Not tried with Ollama by the authors.",
+        *(_GPT2_NOTE if gguf_architecture(config) == "gpt2" else ()),
         f"FROM ./{gguf_name}",
         f'TEMPLATE """{ollama_template(style)}"""',
         *(f"PARAMETER {key} {value}" for key, value in parameters.items()),
-        *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops),
+        *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops if stop.strip()),
     ]
     return "\n".join(lines) + "\n"
-
-
-def iterate_gguf(
-    state_dict: Mapping[str, torch.Tensor], n_layers: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """GGUF's name and layout, (out, in), of every tensor of a `GPTModel`."""
-    names = gguf_names(n_layers)
-    for hf_name, tensor in iterate_hf(state_dict):
-        in_block = ".h." in hf_name and tensor.ndim == 2
-        yield names[hf_name], tensor.T if in_block else tensor
 
 
 def _stored_shape(gguf: Any, shape: torch.Size, kind: str) -> tuple[int, ...]:
@@ -182,37 +164,36 @@ def _stored_shape(gguf: Any, shape: torch.Size, kind: str) -> tuple[int, ...]:
 
 
 def _add_model(
-    writer: gguf.GGUFWriter, gguf: Any, config: GPTConfig, name: str, gguf_type: GGUFType
+    writer: gguf.GGUFWriter, gguf: Any, config: Any, name: str, gguf_type: GGUFType
 ) -> None:
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[kinds[gguf_type]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.emb_dim)
-    writer.add_feed_forward_length(4 * config.emb_dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_head_count(config.n_heads)
-    writer.add_layer_norm_eps(1e-5)
+    for key, value in model_facts(config).items():
+        name = f"{gguf_architecture(config)}.{key}"
+        if isinstance(value, float):
+            writer.add_float32(name, value)
+        else:
+            writer.add_uint32(name, value)
 
 
 def _add_tokenizer(
-    writer: gguf.GGUFWriter, gguf: Any, config: GPTConfig, style: PromptStyle
+    writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int, style: PromptStyle
 ) -> None:
-    vocabulary = json.loads(read_vocabulary_file("encoder.json"))
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    types = [gguf.TokenType.NORMAL] * len(tokens)
-    types[END_OF_TEXT] = gguf.TokenType.CONTROL
-    # An embedding with more rows than there are tokens needs a name for each.
-    spare = range(len(tokens), config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*tokens, *(f"[PAD{row}]" for row in spare)])
-    writer.add_token_types([*types, *(gguf.TokenType.UNUSED for _ in spare)])
-    writer.add_token_merges(read_merges())
-    writer.add_bos_token_id(END_OF_TEXT)
-    writer.add_eos_token_id(END_OF_TEXT)
-    writer.add_pad_token_id(END_OF_TEXT)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(jinja_template(style))
+    vocabulary = vocabulary_of(tokenizer, vocab_size)
+    begin, end = getattr(tokenizer, "bos_token_id", None), tokenizer.eos_token_id
+    writer.add_tokenizer_model("gpt2")  # byte-level pairs, whoever's
+    writer.add_tokenizer_pre(vocabulary.cut)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    # llama.cpp would take token 11 for one that is not named.
+    writer.add_bos_token_id(end if begin is None else begin)
+    writer.add_eos_token_id(end)
+    writer.add_pad_token_id(end)
+    if (turn_end := special_tokens(tokenizer).get(style.end)) is not None:
+        writer.add_eot_token_id(turn_end)
+    writer.add_add_bos_token(begin is not None)
+    writer.add_chat_template(jinja_template(style, bos_token(tokenizer)))

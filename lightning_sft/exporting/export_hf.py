@@ -3,17 +3,18 @@
     python -m lightning_sft export --ckpt_path … --format hf --out exported
 
 Everything is written here, file by file, so that no transformers is needed to export:
-`config.json`, `model.safetensors`, GPT-2's tokenizer files with a chat template made from the
-prompt style, `generation_config.json`. Tensors are written one by one: beside the model there is
-never more than one of them in memory.
+`config.json`, `model.safetensors`, the tokenizer's files with a chat template made from the prompt
+style, `generation_config.json`. Tensors are written one by one: beside the model there is never
+more than one of them in memory.
 
-Source: the safetensors format, github.com/huggingface/safetensors; `GPT2Config` of transformers.
+Source: the safetensors format, github.com/huggingface/safetensors; transformers' configurations.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +24,89 @@ import torch
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import atomic_write, write_json
 from lightning_sft.data.chat_template import jinja_template
+from lightning_sft.data.encoding import bos_token
+from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer, read_vocabulary_file
+from lightning_sft.data.tokenizer import END_OF_TEXT, Tokenizer, read_merges, read_vocabulary_file
 from lightning_sft.decoding.generation import GenerationConfig
-from lightning_sft.models.gpt2 import GPTConfig, GPTModel
-from lightning_sft.models.gpt2_weights import hf_config, iterate_hf
+from lightning_sft.models.decoder import Decoder
+from lightning_sft.models.registry import family_of
 
 END_TOKEN = "<|endoftext|>"
 
 
 def write_hf(
-    model: GPTModel, style: PromptStyle, generation: GenerationConfig, folder: Path
+    model: Decoder,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    generation: GenerationConfig,
+    folder: Path,
 ) -> None:
     """Write config, weights, tokenizer and generation settings into a folder.
 
     Raises:
         InputError: The model has fewer token ids than the tokenizer.
     """
-    check_vocabulary(model.config)
-    write_json(folder / "config.json", hf_config(model.config))
+    check_vocabulary(model.config, tokenizer)
+    config = hf_config(model.config) | token_ids(tokenizer)
+    write_json(folder / "config.json", config)
     write_safetensors(model, folder / "model.safetensors")
-    write_tokenizer(style, model.config, folder)
-    write_json(
-        folder / "generation_config.json",
-        generation_config(generation, model.config.context_length),
-    )
+    length = model.config.context_length
+    if isinstance(tokenizer, HFTokenizer):
+        write_tokenizer(tokenizer, style, folder, length)
+    else:
+        write_gpt2_tokenizer(style, folder, length)
+    write_json(folder / "generation_config.json", generation_config(generation, length, tokenizer))
 
 
-def check_vocabulary(config: GPTConfig) -> None:
-    """Refuse a model whose tokens are not GPT-2's: outside, text would become other ids.
+def hf_config(config: Any) -> dict[str, Any]:
+    """`config.json` of a model, as its family's class in transformers wants it."""
+    return family_of(config).hf_config(config)
+
+
+def iterate_hf(
+    state_dict: Mapping[str, torch.Tensor], config: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face's name and layout of every tensor of a model; a tied head is left out."""
+    return family_of(config).to_hf(state_dict)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The ids that begin and end a text. GPT-2's one special token does both.
+
+    No id of padding: transformers would take the gradient from its row of the embedding, and the
+    token that pads here is the one that ends an answer.
+    """
+    end = tokenizer.eos_token_id
+    return {"bos_token_id": getattr(tokenizer, "bos_token_id", end), "eos_token_id": end}
+
+
+def check_vocabulary(config: Any, tokenizer: Tokenizer) -> None:
+    """Refuse a model whose tokens are not the tokenizer's: outside, text would become other ids.
 
     Raises:
         InputError: It has fewer token ids than the tokenizer.
     """
-    wanted = gpt2_tokenizer().vocab_size
+    wanted = tokenizer.vocab_size
     if config.vocab_size < wanted:
+        whose = "its" if isinstance(tokenizer, HFTokenizer) else "GPT-2's"
         raise InputError(
             f"export: the model's vocab_size {config.vocab_size} is less than the {wanted} of "
-            "GPT-2's tokenizer; only --format pth can hold it"
+            f"{whose} tokenizer; only --format pth can hold it"
         )
 
 
-def generation_config(generation: GenerationConfig, context_length: int) -> dict[str, Any]:
+def generation_config(
+    generation: GenerationConfig, context_length: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """`generation_config.json`; every setting is named, as transformers has defaults of its own.
 
     Answers end by themselves or where the context does. A `max_new_tokens` here would overrule the
     `max_length` that a caller asks for, as lm-eval does.
     """
     settings: dict[str, Any] = {
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "pad_token_id": END_OF_TEXT,
+        **token_ids(tokenizer),
+        "pad_token_id": tokenizer.eos_token_id,
         "max_length": context_length,
         "do_sample": generation.temperature > 0,
     }
@@ -84,7 +117,7 @@ def generation_config(generation: GenerationConfig, context_length: int) -> dict
     return settings
 
 
-def write_safetensors(model: GPTModel, path: Path) -> None:
+def write_safetensors(model: Decoder, path: Path) -> None:
     """Write the weights under Hugging Face's names, one tensor at a time.
 
     The library's own writer wants all of them at once, transposed: gpt2-small then takes 1.26 GB in
@@ -96,7 +129,7 @@ def write_safetensors(model: GPTModel, path: Path) -> None:
     state = model.state_dict()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in iterate_hf(state):
+    for name, tensor in iterate_hf(state, model.config):
         begin, end = end, end + 4 * tensor.numel()
         place = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
         header[name] = place
@@ -104,13 +137,26 @@ def write_safetensors(model: GPTModel, path: Path) -> None:
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
     with atomic_write(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in iterate_hf(state):
+        for _, tensor in iterate_hf(state, model.config):
             file.write(
                 tensor.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data
             )
 
 
-def write_tokenizer(style: PromptStyle, config: GPTConfig, folder: Path) -> None:
+def write_tokenizer(
+    tokenizer: HFTokenizer, style: PromptStyle, folder: Path, context_length: int
+) -> None:
+    """A model's own tokenizer, with the chat template of the style that it was trained in."""
+    tokenizer.save(
+        folder,
+        chat_template=jinja_template(style, bos_token(tokenizer)),
+        pad_token=tokenizer.facts["eos_token"],
+        model_max_length=context_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_gpt2_tokenizer(style: PromptStyle, folder: Path, context_length: int) -> None:
     """GPT-2's tokenizer in the two forms that are read, and the chat template."""
     vocabulary = read_vocabulary_file("encoder.json")
     merges = read_vocabulary_file("vocab.bpe")
@@ -123,7 +169,7 @@ def write_tokenizer(style: PromptStyle, config: GPTConfig, folder: Path) -> None
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": config.context_length,
+            "model_max_length": context_length,
             "add_prefix_space": False,
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
@@ -137,8 +183,3 @@ def write_tokenizer(style: PromptStyle, config: GPTConfig, folder: Path) -> None
     tokenizer.add_special_tokens([tokenizers.AddedToken(END_TOKEN, normalized=False)])
     with atomic_write(folder / "tokenizer.json") as text:
         text.write(tokenizer.to_str(pretty=True))
-
-
-def read_merges() -> list[str]:
-    """GPT-2's merges in order, `left right` each; the file's first line is a comment."""
-    return read_vocabulary_file("vocab.bpe").decode("utf-8").strip("\n").split("\n")[1:]

@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 
 from lightning_sft.common.hub import find_repository
+from lightning_sft.data.encoding import special_tokens
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.generation import GenerationConfig
-from lightning_sft.models.gpt2 import GPTConfig
+from lightning_sft.exporting.gguf_model import gguf_architecture
 from lightning_sft.models.origin import Origin
 from lightning_sft.models.registry import model_name
 
@@ -37,7 +39,7 @@ print(tokenizer.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:
 ```
 
 An entry's input goes into the message as `"input": "…"` beside `content`. Unlike in training,
-`transformers` reads a typed `<|endoftext|>` as the token that ends a text, unless the tokenizer is
+`transformers` reads a typed `END` as the token that ends a text, unless the tokenizer is
 called with `split_special_tokens=True`.
 """,
     "gguf": """\
@@ -51,34 +53,41 @@ An entry's input follows the instruction in the message, in the words of the pro
     "pth": """\
 ```python
 import json, torch
-from llms_from_scratch.ch04 import GPTModel  # the book's own
+from llms_from_scratch.MODULE import CLASS  # the book's own
 
-config = json.load(open("config.json"))
-model = GPTModel(config)
+config = json.load(open("config.json"))DTYPE
+model = CLASS(config)
 model.load_state_dict(torch.load("FILE", weights_only=True))
 ```
 """,
 }
+# The book's classes: their module, and what their configuration needs that JSON cannot hold.
+_BOOKS = {
+    "gpt2": ("ch04", "GPTModel", ""),
+    "llama": ("llama3", "Llama3Model", ' | {"dtype": torch.float32}'),
+    "qwen3": ("qwen3", "Qwen3Model", ' | {"dtype": torch.float32}'),
+}
 
 
 def model_card(
-    config: GPTConfig, style: PromptStyle, origin: Origin, format: str, file: str
+    config: Any, tokenizer: Tokenizer, style: PromptStyle, origin: Origin, format: str, file: str
 ) -> str:
     """The card's text.
 
     Args:
         file: Name of the weights' file.
     """
+    end = tokenizer.decode([tokenizer.eos_token_id])
     parts = [
-        _front_matter(origin, format),
+        _front_matter(config, origin, format),
         f"# {origin.name}\n\n{model_name(config)}, fine-tuned on instructions with lightning_sft: "
         f"{config.n_layers} layers, {config.n_heads} heads, width {config.emb_dim}, a context of "
         f"{config.context_length} tokens, output head "
         + ("tied to the embedding." if config.tie_embeddings else "of its own."),
-        "## Use\n\n" + _USE[format].replace("FILE", file),
+        "## Use\n\n" + _use(config, format).replace("END", end).replace("FILE", file),
         "## The prompt it was trained with\n\n"
         f"Style `{style.name}`. An instruction with an input becomes, up to the last character:\n\n"
-        f"```text\n{style.prompt(EXAMPLE)}\n```\n\n" + _answer_note(style),
+        f"```text\n{style.prompt(EXAMPLE)}\n```\n\n" + _answer_note(style, tokenizer),
         _training(origin),
         "## Versions\n\n" + _table(("package", "version"), _versions()),
         "## Limits\n\nFine-tuned on single questions and answers. It was not trained to refuse, "
@@ -87,11 +96,21 @@ def model_card(
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def _front_matter(origin: Origin, format: str) -> str:
+def _use(config: Any, format: str) -> str:
+    if format != "pth":
+        return _USE[format]
+    kind = gguf_architecture(config)
+    if kind not in _BOOKS:
+        return "The book has no class for this architecture; `lightning_sft` loads the file.\n"
+    module, name, dtype = _BOOKS[kind]
+    return _USE[format].replace("MODULE", module).replace("CLASS", name).replace("DTYPE", dtype)
+
+
+def _front_matter(config: Any, origin: Origin, format: str) -> str:
     facts: dict[str, Any] = {
         "library_name": {"hf": "transformers", "gguf": "gguf", "pth": "pytorch"}[format],
         "pipeline_tag": "text-generation",
-        "tags": ["gpt2", "instruction-tuning", "lightning-sft"],
+        "tags": [gguf_architecture(config), "instruction-tuning", "lightning-sft"],
     }
     weights = origin.config.get("model", {}).get("weights")
     if (repository := find_repository(weights)) is not None:
@@ -99,10 +118,12 @@ def _front_matter(origin: Origin, format: str) -> str:
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
 
-def _answer_note(style: PromptStyle) -> str:
-    note = "The answer ends with `<|endoftext|>`."
-    if style.end.strip():
-        note = f"The answer ends with `{style.end.strip()}`, as plain text, then `<|endoftext|>`."
+def _answer_note(style: PromptStyle, tokenizer: Tokenizer) -> str:
+    end = tokenizer.decode([tokenizer.eos_token_id])
+    note, mark = f"The answer ends with `{end}`.", style.end.strip()
+    if mark and mark != end:
+        kind = "a token of its own" if style.end in special_tokens(tokenizer) else "plain text"
+        note = f"The answer ends with `{mark}`, as {kind}, then `{end}`."
     if not style.header_in_prompt:
         note += f" The model writes `{style.header.strip()}` before its answer; cut it off."
     return note

@@ -14,16 +14,18 @@ import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lightning_sft.common.errors import LightningSFTError, ServiceError
+from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.exporting.export_gguf import GGUFType, quantize, tensor_type, unquantize
 from lightning_sft.exporting.exported_program import Program, readers
-from lightning_sft.models.gpt2 import GPTConfig, GPTModel
+from lightning_sft.models.decoder import Decoder
 
 NUM_TOKENS = 24  # of each answer
 # Float32 sums differ by their order: an absolute part, and one for models of large logits.
@@ -50,6 +52,7 @@ class Answers:
     prompts: list[list[int]]
     tokens: list[list[int]]
     logits: list[torch.Tensor]
+    eos_token_id: int  # follows where an answer is shorter than it might be
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,10 @@ class Agreement:
         )
 
 
-def make_prompts(style: PromptStyle, config: GPTConfig) -> list[list[int]]:
+def make_prompts(style: PromptStyle, config: Any, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of the probes in the model's style, short enough to leave room for an answer."""
     room = max(1, config.context_length - NUM_TOKENS)
-    encode = gpt2_tokenizer().encode
-    prompts = [encode(style.prompt(entry))[-room:] for entry in PROBES]
+    prompts = [encode_prompt(entry, style, tokenizer)[-room:] for entry in PROBES]
     return [[token % config.vocab_size for token in prompt] for prompt in prompts]
 
 
@@ -93,7 +95,7 @@ def ask(program: Program, prompts: list[list[int]], context_length: int) -> Answ
     tokens = [
         program.greedy(prompt, min(NUM_TOKENS, context_length - len(prompt))) for prompt in prompts
     ]
-    return Answers(prompts, tokens, _logits(program, prompts, tokens))
+    return Answers(prompts, tokens, _logits(program, prompts, tokens), program.eos_token_id)
 
 
 def compare(program: Program, expected: Answers, context_length: int) -> Agreement:
@@ -113,7 +115,7 @@ def compare(program: Program, expected: Answers, context_length: int) -> Agreeme
     ):
         answer = program.greedy(prompt, min(NUM_TOKENS, context_length - len(prompt)))
         same += answer == tokens or _is_near_tie(
-            answer, tokens, along[len(prompt) - 1 :], 2 * found.tolerance
+            answer, tokens, along[len(prompt) - 1 :], 2 * found.tolerance, expected.eos_token_id
         )
     return Agreement(program.name, same, len(expected.prompts), difference, largest)
 
@@ -139,7 +141,9 @@ def check(folder: Path, format: str, expected: Answers, context_length: int) -> 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars of one-second loads
             for load in readers(format):
-                found = demand(compare(load(folder), expected, context_length))
+                found = demand(
+                    compare(load(folder, expected.eos_token_id), expected, context_length)
+                )
     except (LightningSFTError, RuntimeError, ValueError, KeyError, OSError) as error:
         if isinstance(error, ServiceError):
             raise
@@ -148,7 +152,7 @@ def check(folder: Path, format: str, expected: Answers, context_length: int) -> 
     return found
 
 
-def round_model(model: GPTModel, gguf_type: GGUFType) -> None:
+def round_model(model: Decoder, gguf_type: GGUFType) -> None:
     """Give every weight the value that a GGUF of this type keeps of it, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -164,17 +168,18 @@ def _logits(
 
 
 def _is_near_tie(
-    answer: list[int], tokens: list[int], along: torch.Tensor, tolerance: float
+    answer: list[int], tokens: list[int], along: torch.Tensor, tolerance: float, end: int
 ) -> bool:
     """Whether the first token that differs was rated as high as the one in its place.
 
     Args:
         along: Logits (len(tokens) + 1, V): row i rates the i-th token of the answer.
+        end: What follows an answer that is shorter.
     """
     for place, (theirs, ours) in enumerate(itertools.zip_longest(answer, tokens)):
         if theirs != ours:
             scores = along[place]
-            theirs, ours = (END_OF_TEXT if token is None else token for token in (theirs, ours))
+            theirs, ours = (end if token is None else token for token in (theirs, ours))
             if max(theirs, ours) >= len(scores):
                 return False  # a vocabulary without end-of-text
             return bool((scores[ours] - scores[theirs]).abs() <= tolerance)

@@ -22,6 +22,7 @@ def found_config(source: str | None) -> Any | None:
     """The configuration in a folder's config.json or a GGUF; None where neither says it.
 
     Of a name on the hub, config.json and tokenizer are fetched, and nothing of GPT-2's own sizes.
+    A config.json is Hugging Face's, or the fields of ours that `export --format pth` writes.
 
     Raises:
         InputError: It is damaged, or an architecture that is not built here.
@@ -40,6 +41,8 @@ def found_config(source: str | None) -> Any | None:
         kind = facts.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{file}: no JSON mapping ({error})") from None
+    if kind is None and "emb_dim" in facts:  # beside a .pth: our own fields, which are the book's
+        return get_config(facts)
     known = [family for family in FAMILIES if kind in family.model_types]
     if not known:
         allowed = ", ".join(name for family in FAMILIES for name in family.model_types)

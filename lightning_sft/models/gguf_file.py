@@ -28,6 +28,7 @@ from lightning_sft.models import gpt2_weights, llama_weights
 from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.llama import rotation_rates
 from lightning_sft.models.llama_config import LlamaConfig, RopeFrequencies
+from lightning_sft.models.tensor_files import check_digest
 from lightning_sft.runs.run_folder import is_first_process
 
 # GGML's numbers of the types that torch has itself, and which numpy type carries their bytes.
@@ -37,7 +38,7 @@ _PLAIN = {
     30: (np.int16, torch.bfloat16),
 }
 # Llama 3's rotations, as factors by which each is slowed down; no tensor of the model.
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 def config_from_gguf(
@@ -93,9 +94,9 @@ def read_gguf_config(path: Path) -> LlamaConfig | GPTConfig:
     """
     header = read_gguf_header(path)
     factors = None
-    if (place := header.tensors.get(_ROPE_FACTORS)) is not None:
-        content = np.memmap(path, np.uint8, mode="r")
-        factors = _read_tensor(content, place, f"{path}: {_ROPE_FACTORS}")
+    if (place := header.tensors.get(ROPE_FACTORS)) is not None:
+        content = np.memmap(path, np.uint8, mode="c")  # torch warns of memory that is read-only
+        factors = _read_tensor(content, place, f"{path}: {ROPE_FACTORS}")
     return config_from_gguf(header, factors)
 
 
@@ -108,16 +109,27 @@ def read_gguf(path: Path) -> tuple[LlamaConfig | GPTConfig, dict[str, torch.Tens
         InputError: A damaged file, another architecture, or a type that cannot be undone.
     """
     header = read_gguf_header(path)
+    check_digest(path)  # the format has no checksum of its own
     content = np.memmap(path, np.uint8, mode="c")  # a private copy of whatever is written to
     tensors = {
         name: _read_tensor(content, place, f"{path}: {name}")
         for name, place in header.tensors.items()
     }
-    kind = architecture_of(header)
-    config = config_from_gguf(header, tensors.pop(_ROPE_FACTORS, None))
+    config = config_from_gguf(header, tensors.pop(ROPE_FACTORS, None))
+    return config, to_hf_names(tensors, architecture_of(header), config)
+
+
+def to_hf_names(
+    tensors: dict[str, torch.Tensor], kind: str, config: LlamaConfig | GPTConfig
+) -> dict[str, torch.Tensor]:
+    """Tensors by GGUF's names as Hugging Face has them; what is unknown keeps its name.
+
+    Args:
+        kind: The file's architecture.
+    """
     all_names = gpt2_weights.gguf_names if kind == "gpt2" else llama_weights.gguf_names
     names = {gguf: hf for hf, gguf in all_names(config.n_layers).items()}
-    return config, {
+    return {
         names.get(name, name): _rearrange(name, tensor, kind, config)
         for name, tensor in tensors.items()
     }
@@ -218,7 +230,7 @@ def _with_scaling(config: LlamaConfig, factors: torch.Tensor) -> LlamaConfig:
     scaled = dataclasses.replace(config, rope_freq=scaling)
     expected = rotation_rates(config) / rotation_rates(scaled)
     if factors.shape != expected.shape or not torch.allclose(factors.float(), expected, rtol=1e-4):
-        raise InputError(f"GGUF: {_ROPE_FACTORS} are not the factors of Llama 3's rotations")
+        raise InputError(f"GGUF: {ROPE_FACTORS} are not the factors of Llama 3's rotations")
     return scaled
 
 

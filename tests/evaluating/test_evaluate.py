@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +21,12 @@ from lightning_sft.evaluating import evaluate as evaluate_module
 from lightning_sft.evaluating.evaluate import result_rows, write_alpaca_eval
 from lightning_sft.reporting.report import collect, report
 from lightning_sft.runs.evaluation_file import add_rows, read_evaluation
+from support.lm_eval_tasks import compare_with_hf, write_tasks
 from support.runs import newest_checkpoint, run, write_config
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is missing (extra eval)"
 )
-COLOURS = ["red", "green", "dark blue", "a colour that nobody has a name for"]
 
 
 @pytest.fixture(scope="module")
@@ -44,51 +43,7 @@ def tasks(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    questions = [
-        {
-            "question": "word " * (n * n % 90) + f"Number {n} is the colour",
-            "choices": COLOURS,
-            "answer": n % len(COLOURS),
-        }
-        for n in range(20)
-    ]
-    # Beyond the context of 128 tokens, and empty.
-    questions += [{"question": "long " * 200, "choices": COLOURS, "answer": 1}]
-    questions += [{"question": "", "choices": COLOURS, "answer": 2}]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    data = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
-        "test_split": "test",
-        "metadata": {"version": 1.0},
-    }
-    kinds = {
-        "colours": {
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        },
-        "rolling": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{question + ' ' + choices[0]}}",
-            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-        },
-        "writing": {
-            "output_type": "generate_until",
-            "doc_to_text": "{{question}}",
-            "doc_to_target": "{{choices[0]}}",
-            "generation_kwargs": {"until": ["\n", "Number"], "max_gen_toks": 16},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-    }
-    for name, kind in kinds.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **kind}))
-    return folder
+    return write_tasks(tmp_path / "tasks")
 
 
 @needs_lm_eval
@@ -145,59 +100,18 @@ def test_what_cannot_be_evaluated_is_one_line(checkpoint, tasks, tmp_path, capsy
 
 @pytest.mark.slow
 @needs_lm_eval
-def test_same_as_lm_evals_own_model_on_the_exported_folder(checkpoint, tasks, tmp_path, capsys):
+@pytest.mark.parametrize("chat", [False, True])
+def test_same_as_lm_evals_own_model_on_the_exported_folder(
+    checkpoint, tasks, tmp_path, capsys, chat
+):
     pytest.importorskip("transformers")
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
     from lightning_sft.decoding.answering import load_model
-    from lightning_sft.evaluating.lm_eval_model import EvalModel
 
     out = tmp_path / "exported"
     assert run("export", "--ckpt_path", checkpoint, "--format", "hf", "--out", out) == 0
-    model = load_model(checkpoint, device="cpu")
-    names = ["colours", "rolling", "writing"]
-    for chat in (False, True):
-        found = [
-            simple_evaluate(
-                lm,
-                tasks=names,
-                task_manager=TaskManager(include_path=str(tasks)),
-                apply_chat_template=chat,
-                num_fewshot=0,
-                bootstrap_iters=10,
-            )
-            for lm in (
-                EvalModel(model, batch_size=5),
-                HFLM(pretrained=str(out), device="cpu", batch_size=4, dtype="float32"),
-            )
-        ]
-        ours, theirs = (result["samples"] for result in found)
-        largest = 0.0
-        for name in names:
-            assert len(ours[name]) == len(theirs[name]) == 22
-            for left, right in zip(ours[name], theirs[name], strict=True):
-                if name == "writing":
-                    # An empty prompt is a row of nothing but padding to lm-eval's model.
-                    assert left["resps"] == right["resps"] or not (left["doc"]["question"] or chat)
-                    continue
-                if name == "rolling":
-                    pairs = [(left["resps"][0][0], right["resps"][0][0])]
-                else:
-                    both = zip(left["resps"], right["resps"], strict=True)
-                    assert all(a[0][1] == b[0][1] for a, b in both)  # greedy or not
-                    both = zip(left["resps"], right["resps"], strict=True)
-                    pairs = [(a[0][0], b[0][0]) for a, b in both]
-                for a, b in pairs:
-                    # The sums of some run over hundreds of tokens, 1e-4 is of one.
-                    assert math.isclose(float(a), float(b), abs_tol=1e-4, rel_tol=1e-6)
-                    largest = max(largest, abs(float(a) - float(b)))
-        accuracy = [result["results"]["colours"] for result in found]
-        assert accuracy[0]["acc,none"] == accuracy[1]["acc,none"]
-        assert accuracy[0]["acc_norm,none"] == accuracy[1]["acc_norm,none"]
-        with capsys.disabled():
-            print(f"\nchat template {chat}: largest difference of log-likelihoods {largest:.1e}")
+    largest = compare_with_hf(load_model(checkpoint, device="cpu"), out, tasks, chat)
+    with capsys.disabled():
+        print(f"\nchat template {chat}: largest difference of log-likelihoods {largest:.1e}")
 
 
 # --- Without lm-eval ---

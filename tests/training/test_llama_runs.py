@@ -238,11 +238,6 @@ def test_weights_of_another_rotation_are_refused(tmp_path, capsys):
 
 
 def test_commands_that_are_not_there_yet(tmp_path, capsys):
-    folder = write_hf(tmp_path / "hf")
-    out = tmp_path / "out"
-    assert run("export", "--ckpt_path", folder, "--format", "hf", "--out", out) == 2
-    assert "export: only GPT-2 is exported so far" in capsys.readouterr().err
-    assert not out.exists()
-    config = write_run(tmp_path, folder)
+    config = write_run(tmp_path, write_hf(tmp_path / "hf"))
     assert run("plan", "--config", config) == 2
     assert "plan: costs are estimated for GPT-2 only so far" in capsys.readouterr().err
