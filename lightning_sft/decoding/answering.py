@@ -25,6 +25,7 @@ from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.decoding.generation import GenerationConfig, decode, generate
 from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.prepacked import prepack
 from lightning_sft.models.ready import choose_device, load_for_answers
 from lightning_sft.models.tokenizer import find_answer_tokenizer, find_tokenizer
 from lightning_sft.runs.run_folder import checkpoint_in
@@ -129,6 +130,7 @@ def load_model(
     tokenizer = find_answer_tokenizer(model.config, file)
     check_style(style, tokenizer)
     model.to(choose_device(device))
+    prepack(model)  # for good: nothing changes the weights of a model that answers
     return AnsweringModel(model, style, tokenizer)
 
 

@@ -25,6 +25,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.prepacked import prepacked
 from lightning_sft.models.registry import family_of
 
 __all__ = [
@@ -119,7 +120,7 @@ def decode(
     left = [min(config.max_new_tokens, free) for free in room]  # tokens each row may still take
     active = list(range(len(prompts)))  # the row in each slot of the batch
     most = min(max(map(len, prompts)) + max(left), model.config.context_length)
-    with evaluating(model):
+    with evaluating(model), prepacked(model):
         batch = RunningBatch(model, most)
         batch.join(prompts)
         while active:

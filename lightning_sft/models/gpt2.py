@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.models.attention import attend
 from lightning_sft.models.cache import CacheShape, KVCache
-from lightning_sft.models.layers import Embedding, Linear, PackedLayout, allocate
+from lightning_sft.models.layers import Embedding, Linear, PackedLayout, allocate, project
 
 # Far beyond any model, and little enough that one without memory is made in seconds.
 LARGEST = {
@@ -111,11 +112,12 @@ class LayerNorm(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention through torch's fused `scaled_dot_product_attention`.
+    """Causal self-attention: what `attend` computes for heads that are slices of one projection.
 
-    Source: listing 3.5. The fused kernel replaces its scores, mask, softmax and dropout, and never
-    holds the (T, T) scores of a head as a whole.
+    Source: listing 3.5.
     """
+
+    same_input = ("W_query", "W_key", "W_value")
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -135,7 +137,8 @@ class MultiHeadAttention(nn.Module):
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, D) → (B, T, D); with a layout (N, D) → (N, D), rows gathered in between."""
-        projections = [self.W_query(x), self.W_key(x), self.W_value(x)]  # (B, T, D) or (N, D)
+        # (B, T, D) or (N, D) each
+        projections = project(x, self.W_query, self.W_key, self.W_value)
         if layout is not None:
             projections = [F.embedding(layout.gather, p) for p in projections]  # (B, T, D)
         # The heads are slices of one projection: H small attentions side by side cost one product.
@@ -147,14 +150,7 @@ class MultiHeadAttention(nn.Module):
             # Keys and values of earlier tokens never change, as no token looks ahead.
             key, value = cache.append(layer, key, value)
             query = query.to(key.dtype)
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,  # padding is on the right, so it is ahead of every token
-            dropout_p=self.drop_rate if self.training else 0.0,
-        )
+        context = attend(query, key, value, mask, self.drop_rate if self.training else 0.0)
         context = context.transpose(1, 2).flatten(2)  # the heads beside each other again (B, T, D)
         if layout is not None:
             context = context.flatten(0, 1).index_select(0, layout.scatter)  # (N, D)

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.models.attention import attend
 from lightning_sft.models.cache import KVCache
-from lightning_sft.models.layers import Embedding, Linear, PackedLayout, allocate
+from lightning_sft.models.layers import Embedding, Linear, PackedLayout, allocate, project
 from lightning_sft.models.llama_config import LlamaConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine and sine of every token's angles
@@ -86,6 +87,8 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which H/G query heads share one key and value head."""
 
+    same_input = ("W_query", "W_key", "W_value")
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -107,8 +110,8 @@ class GroupedQueryAttention(nn.Module):
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H or G, E) or (N, H or G, E)
-            for projection in (self.W_query, self.W_key, self.W_value)
+            projected.unflatten(-1, (-1, self.head_dim))  # (B, T, H or G, E) or (N, H or G, E)
+            for projected in project(x, self.W_query, self.W_key, self.W_value)
         )
         # Rotated here, once a token: a key means the same wherever it is gathered or kept.
         query, key = rotate(self.q_norm(query), rotation), rotate(self.k_norm(key), rotation)
@@ -121,9 +124,7 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(layer, key, value)
             query = query.to(key.dtype)
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
+        context = attend(query, key, value, mask)
         context = context.transpose(1, 2).flatten(2)  # (B, T, H·E)
         if layout is not None:
             context = context.flatten(0, 1).index_select(0, layout.scatter)  # (N, H·E)
@@ -133,6 +134,8 @@ class GroupedQueryAttention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: one linear layer's output opens and closes the other's."""
 
+    same_input = ("fc1", "fc2")
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.fc1 = Linear(config.emb_dim, config.hidden_dim, bias=False)
@@ -140,7 +143,8 @@ class FeedForward(nn.Module):
         self.fc3 = Linear(config.hidden_dim, config.emb_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+        gate, up = project(x, self.fc1, self.fc2)  # (…, hidden) each
+        return self.fc3(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):

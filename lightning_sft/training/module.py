@@ -48,6 +48,7 @@ from lightning_sft.models.lora import (
     merge_lora,
 )
 from lightning_sft.models.lora_checkpoint import check_adapters, identify_base
+from lightning_sft.models.prepacked import discard_prepacked, prepack
 from lightning_sft.models.registry import family_of
 from lightning_sft.models.tokenizer import check_tokenizer, find_tokenizer
 from lightning_sft.training.callback_check import check_callbacks
@@ -430,6 +431,12 @@ class SFTModule(L.LightningModule):
         """A merged model answers faster. What is sharded over devices stays as it is."""
         if isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             merge_lora(self.network)
+        with self.trainer.precision_plugin.predict_step_context():
+            prepack(self.network)
+
+    def on_predict_end(self) -> None:
+        """The second copy of the weights is given back."""
+        discard_prepacked(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
