@@ -22,6 +22,7 @@ WHOLE = [
 OVERLAYS = sorted(set(CONFIGS) - set(WHOLE))
 FROM_HUGGING_FACE = [name for name in WHOLE if not name.startswith(("gpt2-", "quickstart"))]
 STYLE_OF = {"smollm2": "chatml", "llama3.2": "llama3", "qwen2.5": "chatml", "qwen3": "qwen3"}
+MEMORY = re.compile(r"takes ([\d.]+) GB on the chapter's data, and ([\d.]+) GB with lora")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *names: str) -> dict:
@@ -64,13 +65,22 @@ def test_a_models_config_fits_the_model(name: str, capsys: pytest.CaptureFixture
     assert f"# Licence {licence}" in text
 
 
+def test_the_page_of_models_has_the_headers_numbers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for name in FROM_HUGGING_FACE:
+        said = MEMORY.search((shipped_folder() / name).read_text())
+        assert said is not None
+        size = re.escape(name.removesuffix(".yaml"))
+        row = rf"\| `{size}` \([\w-]+\) \| {said[1]} \| {said[2]} \|"
+        assert re.search(row, page), name
+
+
 @pytest.mark.parametrize("overlay", [[], ["lora.yaml"]], ids=["full", "lora"])
 @pytest.mark.parametrize("name", FROM_HUGGING_FACE)
 def test_the_memory_in_a_header_is_plans(
     name: str, overlay: list[str], book_data_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (shipped_folder() / name).read_text()
-    said = re.search(r"takes ([\d.]+) GB on the chapter's data, and ([\d.]+) GB with lora", text)
+    said = MEMORY.search((shipped_folder() / name).read_text())
     assert said is not None
     options = ["--data.path", book_data_path, "--memory_gb", 999, "--probe_steps", 0]
     configs = [argument for file in (name, *overlay) for argument in ("--config", file)]
