@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lightning_sft.common import hub
+from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.data.prompts import STYLES
 from lightning_sft.data.tokenizer import GPT2Tokenizer, Tokenizer
 from lightning_sft.models.registry import family_of
@@ -50,12 +52,21 @@ class PlannedModule(SFTModule):
             InputError: There is one, and it cannot be read or is not this model's.
         """
         comes_along = family_of(self.config).tokenizer is None
-        is_here = weights is not None and Path(weights).expanduser().exists()
-        if comes_along and source is None and not is_here:
-            return StandInTokenizer(self.config.vocab_size)
-        return super().find_tokenizer(source, weights)
+        if not comes_along or source is not None:
+            return super().find_tokenizer(source, weights)
+        if weights is not None and _is_here(weights):
+            return read_tokenizer(weights)
+        return StandInTokenizer(self.config.vocab_size)
 
     @property
     def counts_by_stand_in(self) -> bool:
         """Whether lengths are GPT-2's for want of the model's own tokenizer."""
         return isinstance(self.tokenizer, StandInTokenizer)
+
+
+def _is_here(weights: str) -> bool:
+    """Whether a path is there, or a name's tokenizer in the hub's cache: a plan fetches nothing."""
+    repository = hub.find_repository(weights)
+    if repository is None:
+        return Path(weights).expanduser().exists()
+    return hub.find_cached(repository, weights=False) is not None

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_sft.common import hub
 from lightning_sft.data.counting import BatchShape
+from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.models.lora import LoRAConfig
 from lightning_sft.models.registry import ARCHITECTURES
 from lightning_sft.planning.footprint import count_parameters, estimate_memory
@@ -36,6 +38,12 @@ LORA: dict[str, dict[str, Any] | None] = {
     "lora-upper": {"rank": 4, "targets": ("trf_blocks.[345].*",)},
     "lora-dropout": {"rank": 4, "dropout": 0.1},
 }
+
+
+@pytest.fixture(autouse=True)
+def empty_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever models this machine has."""
+    monkeypatch.setattr(hub, "find_cached", lambda repository, weights=True: None)
 
 
 def make_module(
@@ -216,3 +224,16 @@ def test_every_named_size_is_planned() -> None:
         )
         assert memory.activations > 4 * shape.tokens * config.n_layers * 4 * config.hidden_dim
         assert module.model is None
+
+
+def test_a_plan_fetches_nothing_and_takes_what_the_hubs_cache_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[Any] = []
+    monkeypatch.setattr(hub, "_download", lambda *args: fetched.append(args))
+    assert PlannedModule(SIZE, weights="owner/name").counts_by_stand_in
+    folder = write_hf(tmp_path / "hf")
+    monkeypatch.setattr(hub, "find_cached", lambda repository, weights=True: folder)
+    module = PlannedModule(SIZE, weights="owner/name")
+    assert module.tokenizer.name == read_tokenizer(folder).name
+    assert not fetched
