@@ -14,9 +14,11 @@ vocabularies. This module does not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from tokenizers import (
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.tokenizer import byte_alphabet
+from lightning_sft.data.tokenizer import byte_alphabet, encode_in_threads
 
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -57,6 +59,7 @@ PRE_TOKENIZERS = {
     "qwen2": _split(""),
 }
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # GGUF's types of tokens
+_THREADS = "TOKENIZERS_PARALLELISM"  # the library looks at it each time it encodes many
 
 
 class HFTokenizer:
@@ -225,10 +228,15 @@ class HFTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
-        found = self._tokenizer.encode_batch_fast(
-            [_whole(text) for text in texts], add_special_tokens=False
-        )
-        return [encoding.ids for encoding in found]
+
+        def encode(part: Sequence[str]) -> list[list[int]]:
+            found = self._tokenizer.encode_batch_fast(
+                [_whole(text) for text in part], add_special_tokens=False
+            )
+            return [encoding.ids for encoding in found]
+
+        with _without_own_threads():
+            return encode_in_threads(encode, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -244,6 +252,24 @@ class HFTokenizer:
             return self._special_bytes[token]
         text = self._tokenizer.id_to_token(token)
         return b"" if text is None else bytes(map(self._byte_of.__getitem__, text))
+
+
+@contextlib.contextmanager
+def _without_own_threads() -> Iterator[None]:
+    """Keep the library from starting threads of its own.
+
+    They stay for good, and a process that is forked from then on, such as a loader's worker, has
+    none of them: the library warns at each, and would wait for ever if it were asked again.
+    """
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
 
 
 def _whole(text: str) -> str:

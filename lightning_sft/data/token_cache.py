@@ -24,7 +24,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.rows import TokenRows, tokenize
-from lightning_sft.data.tokenizer import Tokenizer
+from lightning_sft.data.tokenizer import Tokenizer, encode_together
 
 # Below this, tokenizing takes less than a second and a file would only be clutter.
 CACHE_FROM_ENTRIES = 5_000
@@ -42,7 +42,10 @@ def tokenize_entries(
 
     def tokenize_all() -> TokenRows:
         return TokenRows.from_rows(
-            [tokenize(entry, style, tokenizer, index) for index, entry in enumerate(entries)]
+            encode_together(
+                tokenizer,
+                lambda one: [tokenize(entry, style, one, i) for i, entry in enumerate(entries)],
+            )
         )
 
     if len(entries) < CACHE_FROM_ENTRIES:

@@ -7,7 +7,6 @@ family is a class of its own with these names, and an entry in `registry.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -69,25 +68,6 @@ class Decoder(Protocol):
         """The family's own initialisation, from the seed alone."""
         ...
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def state_dict(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class KeptNumbers:
-    """What a block keeps of each token for its backward pass, in multiples of the width D.
-
-    Args:
-        residual: Inputs of the norms, which stand on the residual stream.
-        normed: Outputs of the norms, the inputs of attention and feed-forward.
-        attention: Query, key, value and attention's result, kept for each place of a row.
-        feed_forward: Both sides of the nonlinearity.
-        inputs: Linear layers that share an input, by name within the block, and how many of the
-            numbers above that input is. Frozen layers need not know theirs again.
-    """
-
-    residual: int
-    normed: int
-    attention: int
-    feed_forward: int
-    inputs: tuple[tuple[tuple[str, ...], int], ...]

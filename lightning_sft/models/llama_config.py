@@ -139,12 +139,18 @@ SIZES = {
         151936, 32768, 896, 14, 24, 4864, 2, 64, 1e6, None, True, False, 1e-6
     ),
     "qwen3-0.6b": LlamaConfig(
-        151936, 40960, 1024, 16, 28, 3072, 8, 128, 1e6, None, False, True, 1e-6
+        151936, 32768, 1024, 16, 28, 3072, 8, 128, 1e6, None, False, True, 1e-6
     ),
     "qwen3-1.7b": LlamaConfig(
-        151936, 40960, 2048, 16, 28, 6144, 8, 128, 1e6, None, False, True, 1e-6
+        151936, 32768, 2048, 16, 28, 6144, 8, 128, 1e6, None, False, True, 1e-6
     ),
 }
-# What was tuned to follow instructions is built like what it was tuned from. (Qwen3's base models
-# saw 32,768 tokens at once; the number is a limit here and changes nothing that is computed.)
-SIZES |= {f"{name}-instruct": config for name, config in SIZES.items()}
+# What was tuned to follow instructions is built like what it was tuned from. Only Qwen3's
+# repositories give it a longer context than their base models have.
+_CONTEXTS = {"qwen3-0.6b": 40960, "qwen3-1.7b": 40960}
+SIZES |= {
+    f"{name}-instruct": dataclasses.replace(
+        config, context_length=_CONTEXTS.get(name, config.context_length)
+    )
+    for name, config in SIZES.items()
+}

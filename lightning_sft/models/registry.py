@@ -20,7 +20,8 @@ from lightning_sft.common import repositories
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 from lightning_sft.models import gpt2_weights, llama_config, llama_weights
-from lightning_sft.models.decoder import Decoder, DecoderConfig, KeptNumbers
+from lightning_sft.models.activations import KeptTensor, gpt2_activations, llama_activations
+from lightning_sft.models.decoder import Decoder, DecoderConfig
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.llama import LlamaModel
 from lightning_sft.models.llama_config import LlamaConfig
@@ -47,7 +48,8 @@ class Family:
         gguf_names: Number of layers → GGUF's name for each of Hugging Face's.
         book_state_dict: A model → what the book's own code loads.
         is_book_extra: Whether a name in the book's file is of no weight.
-        kept: What a block keeps for its backward pass; None where nobody has counted it.
+        activation_numbers: Configuration, and whether rows are packed → what a block keeps for its
+            backward pass.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Family:
     gguf_names: Callable[[int], dict[str, str]]
     book_state_dict: Callable[[Any], dict[str, torch.Tensor]]
     is_book_extra: Callable[[str], bool]
-    kept: KeptNumbers | None
+    activation_numbers: Callable[[Any, bool], list[KeptTensor]]
 
 
 GPT2 = Family(
@@ -96,17 +98,7 @@ GPT2 = Family(
     gguf_names=gpt2_weights.gguf_names,
     book_state_dict=gpt2_weights.book_state_dict,
     is_book_extra=gpt2_weights.is_book_mask,
-    kept=KeptNumbers(
-        residual=2,
-        normed=2,
-        attention=4,
-        feed_forward=8,  # four wide, before and behind GELU
-        inputs=(
-            (("att.W_query", "att.W_key", "att.W_value"), 1),
-            (("ff.layers.0",), 1),
-            (("ff.layers.2",), 4),
-        ),
-    ),
+    activation_numbers=gpt2_activations,
 )
 LLAMA = Family(
     name="llama",
@@ -125,7 +117,7 @@ LLAMA = Family(
     gguf_names=llama_weights.gguf_names,
     book_state_dict=llama_weights.book_state_dict,
     is_book_extra=llama_weights.is_rotary_buffer,
-    kept=None,
+    activation_numbers=llama_activations,
 )
 FAMILIES = (GPT2, LLAMA)
 

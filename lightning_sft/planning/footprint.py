@@ -6,20 +6,17 @@ in B rows of width W:
     weights      4 P
     gradients    4 T, and as much again for DDP's buckets
     optimizer    what it keeps per parameter (AdamW: 8), measured on a small tensor, times T
-    activations  what a block keeps per token and dimension for its backward pass, as the model's
-                 family says (GPT-2: 16 numbers). A packed batch keeps those of attention for all
-                 B·W places and one more per computed token; dropout adds masks, and attention
-                 weights where it rules out the fused kernel
+    activations  what the blocks keep for their backward passes (`activations.py`), the input and
+                 output of the last norm, and the hidden states that the head sees
     head         a chunk of logits, and the gradient of the head while chunks are added to it
 
-With LoRA only adapters count as trained; each adds `rank` numbers per token to the activations, and
-a frozen layer without one does not keep its input.
+With LoRA only adapters count as trained.
 
-They are added up although they do not all peak at the same moment, so the sum errs on the safe
-side. With `bf16-mixed` a block's activations count two thirds and bfloat16 copies of the weights
-are added; `-true` precisions halve everything but the exact softmax. With activation checkpointing
-one block's activations count and the inputs of all. A sharded strategy divides weights, gradients
-and optimizer state among the devices; what is gathered at one time comes on top.
+They are added up, for a step peaks where its forward pass ends: there Lightning still holds the
+gradients of the step before. With `bf16-mixed` the weights' bfloat16 copies are added; `-true`
+precisions halve everything but the exact softmax. With activation checkpointing the inputs
+of all blocks count, and what one block takes beyond the logits. A sharded strategy divides weights,
+gradients and optimizer state among the devices; what is gathered at one time comes on top.
 """
 
 from __future__ import annotations
@@ -32,20 +29,16 @@ from typing import Any
 
 import torch
 
-from lightning_sft.common.errors import InputError
 from lightning_sft.data.counting import BatchShape
-from lightning_sft.models.decoder import KeptNumbers
-from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.decoder import Decoder
 from lightning_sft.models.loading import make_model
-from lightning_sft.models.lora import LoRALinear, add_lora
+from lightning_sft.models.lora import add_lora
 from lightning_sft.models.ready import find_device
-from lightning_sft.models.registry import family_of
+from lightning_sft.planning.activations import NumberSizes, measure_blocks
 from lightning_sft.training.loss import count_chunk_positions
 from lightning_sft.training.module import SFTModule
 
-FLOAT32, MASK = 4.0, 1.0  # bytes of a number, and of dropout's mask for one
-# Autocast keeps the residual stream in float32 and one bfloat16 copy for each linear layer.
-MIXED_SHARE = 0.65
+FLOAT32 = 4.0  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -77,67 +70,51 @@ def estimate_memory(
         sharded: The model is divided among the devices; otherwise each has a copy.
     """
     model, (total, trained) = skeleton(module), count_parameters(module)
-    blocks, per_block, dropout = _measure_block(module, model, batch)
-    stream = 3.0 * batch.tokens * module.config.emb_dim * FLOAT32  # before and behind the blocks
-    if module.activation_checkpointing:  # each block's input, and one block in full
-        stream += blocks * batch.tokens * module.config.emb_dim * FLOAT32
-        blocks = min(blocks, 1)
-    activations = blocks * (per_block + dropout) + stream
-    mixed = blocks * (MIXED_SHARE * per_block + dropout) + stream
-    head_trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
-    chunk = min(count_chunk_positions(module.config.vocab_size), batch.tokens)
-    head = FLOAT32 * (chunk * module.config.vocab_size + head_trained)
-    weights, gradients = FLOAT32 * total, FLOAT32 * trained
-    optimizer = trained * measure_optimizer(module)
+    sizes = NumberSizes.of(precision)
+    weights, gradients = float(sizes.stream * total), float(sizes.stream * trained)
+    optimizer = trained * measure_optimizer(module) * sizes.stream / FLOAT32
     if sharded:
-        whole = FLOAT32 * _count_gathered(model, total)
+        whole = sizes.stream * _count_gathered(model, total)
         weights, gradients = weights / devices + whole, gradients / devices + whole
         optimizer /= devices
     elif devices > 1:
         gradients *= 2  # DDP's buckets
-    if "true" in precision and "16" in precision:
-        return Memory(weights / 2, gradients / 2, optimizer / 2, activations / 2, head)
-    if "16" in precision:
-        # Half-precision copies of the weights, and products of the head beside the exact softmax.
-        return Memory(1.5 * weights, gradients, optimizer, mixed, 2 * head)
-    if "64" in precision:
-        return Memory(2 * weights, 2 * gradients, 2 * optimizer, 2 * activations, 2 * head)
-    return Memory(weights, gradients, optimizer, activations, head)
+    if sizes.product < sizes.stream:
+        # Autocast's narrow copies, of a sharded model's gathered weights too: the backward pass
+        # multiplies with them again.
+        weights += sizes.product * total
+    logits, head_gradient = _count_head(model, batch, sizes)
+    activations = _count_activations(module, model, batch, sizes, logits)
+    return Memory(weights, gradients, optimizer, activations, logits + head_gradient)
 
 
-def _measure_block(
-    module: SFTModule, model: GPTModel, batch: BatchShape
-) -> tuple[int, float, float]:
-    """How many blocks keep anything, the bytes that one keeps, and those of its dropout."""
-    config, kept = module.config, _kept(module.config)
-    places = batch.rows * batch.width  # in attention: B rows of width W
-    by_token = kept.residual + kept.normed + kept.feed_forward
-    numbers: float = by_token * batch.tokens + kept.attention * places
-    if batch.tokens != places:  # packed: attention's result is taken back to the computed tokens
-        numbers += batch.tokens
-    blocks = config.n_layers
-    if module.lora is not None:
-        blocks, more = count_adapter_numbers(model, module.lora.dropout)
-        numbers += more * batch.tokens
-    dropout = 0.0
-    if config.drop_rate > 0:
-        # A mask for each of the two shortcuts. Dropout rules out the fused kernel, so there are
-        # attention weights, W for each place and head: as softmax made them, the mask (numbers
-        # too), and their product.
-        of_shortcuts = 2 * MASK * batch.tokens * config.emb_dim
-        of_weights = 3 * FLOAT32 * places * config.n_heads * batch.width
-        dropout = of_shortcuts + of_weights
-    return blocks, numbers * config.emb_dim * FLOAT32, dropout
+def _count_activations(
+    module: SFTModule, model: Decoder, batch: BatchShape, sizes: NumberSizes, logits: float
+) -> float:
+    """Bytes kept until the backward pass, in all blocks and around them."""
+    blocks = measure_blocks(model, batch, sizes)
+    width = float(batch.tokens * module.config.emb_dim * sizes.stream)
+    around = 3 * width  # the last norm's input and output, and the head's input
+    if module.activation_checkpointing:
+        # Each block's input, and one block in full, which is computed again when logits are gone.
+        again = max(max(blocks, default=0.0) - logits, 0.0)
+        return len(blocks) * width + again + around
+    return sum(blocks) + around
 
 
-def _kept(config: Any) -> KeptNumbers:
-    family = family_of(config)
-    if family.kept is None:
-        raise InputError(f"plan: memory is estimated for GPT-2 only so far, not for {family.name}")
-    return family.kept
+def _count_head(model: Decoder, batch: BatchShape, sizes: NumberSizes) -> tuple[float, float]:
+    """Bytes of a chunk of logits and of the head's gradient, while chunks are added to it."""
+    vocabulary = model.config.vocab_size
+    trained = sum(p.numel() for p in model.out_head.parameters() if p.requires_grad)
+    exact = max(sizes.stream, int(FLOAT32))  # of softmax and sums, in every precision
+    chunk = min(count_chunk_positions(vocabulary, exact), batch.tokens) * vocabulary
+    # Products of a narrower type stand beside what they are put into.
+    of_logits = exact + sizes.product if sizes.product < exact else exact
+    of_gradient = sizes.stream + sizes.product if sizes.product < sizes.stream else sizes.stream
+    return float(chunk * of_logits), float(trained * of_gradient)
 
 
-def _count_gathered(model: GPTModel, total: int) -> float:
+def _count_gathered(model: Decoder, total: int) -> float:
     """Parameters that a sharded model holds whole at one time: one block, and what is in none."""
     in_blocks = sum(p.numel() for p in model.trf_blocks.parameters())
     return total - in_blocks + in_blocks / len(model.trf_blocks)
@@ -150,35 +127,12 @@ def count_parameters(module: SFTModule) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), trained
 
 
-def skeleton(module: SFTModule) -> GPTModel:
+def skeleton(module: SFTModule) -> Decoder:
     """The module's model, adapters and all; one without memory where it is not made yet."""
     if module.model is not None:
         return module.model
     model = make_model(module.config)
     return add_lora(model, module.lora) if module.lora is not None else model
-
-
-def count_adapter_numbers(model: GPTModel, dropout: float) -> tuple[int, float]:
-    """The blocks that keep anything for the backward pass, and how much more each does with LoRA.
-
-    Returns:
-        How many blocks there are from the first adapter on; the numbers per token and dimension
-        that one of them keeps beyond a trained block, fewer than none where frozen layers need not
-        know their inputs again.
-    """
-    inputs = _kept(model.config).inputs
-    more, kept = 0.0, 0
-    for block in model.trf_blocks:
-        adapted = {n: part for n, part in block.named_modules() if isinstance(part, LoRALinear)}
-        if not adapted and not kept:
-            continue
-        kept += 1
-        more -= sum(width for names, width in inputs if not adapted.keys() & set(names))
-        for part in adapted.values():
-            more += part.lora_a.shape[0] / model.config.emb_dim  # A's output
-            if dropout > 0:  # the dropped input, and its mask of one byte a number
-                more += (1 + MASK / FLOAT32) * part.in_features / model.config.emb_dim
-    return kept, more / max(kept, 1)
 
 
 def measure_optimizer(module: SFTModule) -> float:

@@ -26,10 +26,7 @@ from lightning_sft.common.arguments import PROGRAM
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.datamodule import InstructionDataModule
-from lightning_sft.models.found_config import AUTO
-from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.ready import find_device
-from lightning_sft.models.registry import get_config
 from lightning_sft.planning.footprint import (
     Memory,
     count_devices,
@@ -38,6 +35,7 @@ from lightning_sft.planning.footprint import (
     free_memory,
 )
 from lightning_sft.planning.outlook import Outlook
+from lightning_sft.planning.stand_in import PlannedModule
 from lightning_sft.training.cli import SFTCLI, allow_imports, check_numbers
 from lightning_sft.training.lightning_internals import command_line
 from lightning_sft.training.module import SFTModule
@@ -94,15 +92,10 @@ class PlanCLI(SFTCLI):
 
     def instantiate_classes(self) -> None:
         """Make the model and the data; of the trainer only its plain settings are wanted."""
-        # Random weights bring no tokenizer, and nobody has counted what these models keep.
-        architecture = self.config.model.architecture
-        if isinstance(architecture, jsonargparse.Namespace):
-            architecture = architecture.as_dict()
-        if architecture == AUTO or not isinstance(get_config(architecture), GPTConfig):
-            raise InputError("plan: costs are estimated for GPT-2 only so far; give its name")
         for name in ("callbacks", "logger", "plugins", "profiler"):
             self.config.trainer[name] = None
         super().instantiate_classes()
+        self.datamodule.tokenizer = self.model.tokenizer  # no trainer brings the two together
 
 
 def plan(arguments: list[str]) -> int:
@@ -157,7 +150,7 @@ def probe(
     module: SFTModule, outlook: Outlook, device: torch.device, precision: str, steps: int
 ) -> Cost:
     """Time real steps on the longest batches; the first one only warms up."""
-    module.weights = None
+    module.weights = None  # random ones cost the same
     module.configure_model()
     module.to(device).train()
     optimizer: Any = None
@@ -206,11 +199,9 @@ def predict_seconds(outlook: Outlook, cost: Cost, loss_curve: Any) -> tuple[floa
 
 
 def _parse(arguments: list[str]) -> PlanCLI:
-    arguments = allow_imports(arguments)
-    # Weights are never wanted: random ones cost the same.
-    with command_line([*arguments, "--model.weights=null"]):
+    with command_line(allow_imports(arguments)):
         return PlanCLI(
-            SFTModule,
+            PlannedModule,
             InstructionDataModule,
             save_config_callback=None,
             run=False,
@@ -240,7 +231,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _print_plan(module: SFTModule, outlook: Outlook, memory: Memory, budget: float) -> None:
+def _print_plan(module: PlannedModule, outlook: Outlook, memory: Memory, budget: float) -> None:
     total, trained = count_parameters(module)
     shape, data = outlook.longest, outlook.data
     print(f"parameters   {total:,}, {trained:,} of them trained")
@@ -252,6 +243,11 @@ def _print_plan(module: SFTModule, outlook: Outlook, memory: Memory, budget: flo
     print(
         f"longest      {shape.rows} rows of up to {shape.width} tokens, {shape.tokens:,} computed"
     )
+    if module.counts_by_stand_in:
+        print(
+            "             counted with GPT-2's tokenizer, as the model's own is not here; give its "
+            "folder or GGUF as model.tokenizer"
+        )
     print("memory       estimate for one device, in GB")
     for name in ("weights", "gradients", "optimizer", "activations", "head"):
         print(f"  {name:<11}{getattr(memory, name) / GB:8.3f}")

@@ -120,7 +120,7 @@ class SFTModule(L.LightningModule):
         self.generation = generation or GenerationConfig()
         self.config: Any = settle_config(architecture, weights)
         self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
-        self.tokenizer: Tokenizer = find_tokenizer(self.config, tokenizer, weights)
+        self.tokenizer: Tokenizer = self.find_tokenizer(tokenizer, weights)
         self.tokenizer_source = tokenizer or weights
         self.weights, self.seed = weights, seed
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -138,6 +138,10 @@ class SFTModule(L.LightningModule):
         self.on_answer: Callable[[int, list[int]], None] | None = None  # told of each answer
         self._step_loss = torch.zeros(())  # of the micro-batches of this step so far
         self._wants_stop = self._stopped_early = False
+
+    def find_tokenizer(self, source: str | None, weights: str | None) -> Tokenizer:
+        """The tokenizer of `source`, of the weights, or of the family; a plan has others."""
+        return find_tokenizer(self.config, source, weights)
 
     def _check_settings(self, max_length: int | None) -> None:
         if self.lora is not None:

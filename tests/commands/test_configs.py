@@ -8,12 +8,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_sft.common import hub
 from lightning_sft.common.files import shipped_folder
+from lightning_sft.common.repositories import REPOSITORIES
+from lightning_sft.models.registry import ARCHITECTURES
 from support.runs import run
 
 CONFIGS = sorted(path.name for path in shipped_folder().glob("*.yaml"))
-WHOLE = [name for name in CONFIGS if name.startswith(("gpt2-", "quickstart", "smollm2-"))]
+WHOLE = [
+    name
+    for name in CONFIGS
+    if name.startswith(("gpt2-", "quickstart", "smollm2-", "llama3", "qwen"))
+]
 OVERLAYS = sorted(set(CONFIGS) - set(WHOLE))
+FROM_HUGGING_FACE = [name for name in WHOLE if not name.startswith(("gpt2-", "quickstart"))]
+STYLE_OF = {"smollm2": "chatml", "llama3.2": "llama3", "qwen2.5": "chatml", "qwen3": "qwen3"}
+MEMORY = re.compile(r"takes ([\d.]+) GB on the chapter's data, and ([\d.]+) GB with lora")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *names: str) -> dict:
@@ -32,6 +42,59 @@ def test_a_config_parses_and_says_what_it_is(name: str, capsys: pytest.CaptureFi
     assert text.startswith("# ")
     assert f"python -m lightning_sft fit --config {name}" in text
     assert config["seed_everything"] == 123
+
+
+def test_there_is_a_config_for_every_size() -> None:
+    sizes = {name for name in ARCHITECTURES if not name.endswith("-instruct")}
+    assert sizes <= {name.removesuffix(".yaml") for name in WHOLE}
+
+
+@pytest.mark.parametrize("name", FROM_HUGGING_FACE)
+def test_a_models_config_fits_the_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Architecture, weights, style and tokenizer, and a header that names both kinds."""
+    config, text = printed(capsys, name), (shipped_folder() / name).read_text()
+    size = name.removesuffix(".yaml")
+    assert config["model"]["architecture"] == f"{size}-instruct"
+    weights = config["model"]["weights"]
+    assert weights == f"{size}-instruct" or weights.lower().startswith(f"{size}-instruct.")
+    assert config["model"]["tokenizer"] is None  # it comes with the weights
+    assert config["data"]["prompt_style"] == STYLE_OF[size.partition("-")[0]]
+    assert config["data"]["header_in_prompt"] is True
+    for kind in (size, f"{size}-instruct"):
+        assert re.search(rf"{re.escape(REPOSITORIES[kind])}\b(?!-)", text), kind
+    licence = "Llama 3.2 Community License" if size.startswith("llama") else "Apache-2.0"
+    assert f"# Licence {licence}" in text
+
+
+def test_the_page_of_models_has_the_headers_numbers() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for name in FROM_HUGGING_FACE:
+        said = MEMORY.search((shipped_folder() / name).read_text())
+        assert said is not None
+        size = re.escape(name.removesuffix(".yaml"))
+        row = rf"\| `{size}` \([\w-]+\) \| {said[1]} \| {said[2]} \|"
+        assert re.search(row, page), name
+
+
+@pytest.mark.parametrize("overlay", [[], ["lora.yaml"]], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FROM_HUGGING_FACE)
+def test_the_memory_in_a_header_is_plans(
+    name: str,
+    overlay: list[str],
+    book_data_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # GPT-2's tokenizer counts, whatever models this machine has.
+    monkeypatch.setattr(hub, "find_cached", lambda repository, weights=True: None)
+    said = MEMORY.search((shipped_folder() / name).read_text())
+    assert said is not None
+    options = ["--data.path", book_data_path, "--memory_gb", 999, "--probe_steps", 0]
+    configs = [argument for file in (name, *overlay) for argument in ("--config", file)]
+    assert run("plan", *configs, *options) == 0
+    together = re.search(r"together +([\d.]+) of", capsys.readouterr().out)
+    assert together is not None
+    assert f"{float(together[1]):.1f}" == said[2 if overlay else 1]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

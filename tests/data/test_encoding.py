@@ -11,7 +11,7 @@ from lightning_sft.data.encoding import check_style, encode_prompt, encode_quest
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.find_tokenizer import read_tokenizer, tokenizer_of_model
 from lightning_sft.data.hf_tokenizer import HFTokenizer
-from lightning_sft.data.prompts import STYLES, get_style
+from lightning_sft.data.prompts import STYLES, Template, get_style
 from lightning_sft.data.rows import tokenize
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.serving.conversation import render
@@ -80,11 +80,37 @@ def test_turns_are_parted_as_the_templates_part_them():
     assert ends == {"alpaca": "\n\n", "phi3": "\n\n", "chatml": "\n", "llama3": "", "qwen3": "\n"}
 
 
-def test_a_header_that_ends_the_answer_is_refused(tmp_path):
-    style = get_style("chatml", header_in_prompt=False)
+# Of each style that marks its turns: what ends a turn, and so an answer of an instruct model.
+TURN_ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "qwen3": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(("name", "end"), TURN_ENDS.items())
+def test_a_header_that_ends_the_answer_is_refused(tmp_path, name, end):
+    """The model would write the end of the user's turn, and stop there."""
+    style = get_style(name, header_in_prompt=False)
     check_style(style, gpt2_tokenizer())
-    with pytest.raises(InputError, match=r"^header_in_prompt: the header of chatml holds this mod"):
-        check_style(style, make(tmp_path))
+    check_style(get_style(name), make(tmp_path / "given", eos=end))
+    with pytest.raises(InputError) as error:
+        check_style(style, make(tmp_path, eos=end))
+    assert str(error.value) == (
+        f"header_in_prompt: the header of {name} holds this model's end-of-text token, at which "
+        "answers end; leave header_in_prompt true"
+    )
+
+
+@pytest.mark.parametrize("name", TURN_ENDS)
+def test_a_base_model_writes_the_header_itself(tmp_path, name):
+    """Its end-of-text is another token than a turn's end, so that an answer goes on behind it."""
+    tokenizer, style = make(tmp_path, eos="<|endoftext|>"), get_style(name, header_in_prompt=False)
+    check_style(style, tokenizer)
+    given = tokenize(ENTRY, get_style(name), tokenizer)
+    row = tokenize(ENTRY, style, tokenizer)
+    assert row.ids == given.ids  # only who writes what is another
+    header = encode_question([Template(style.header)], tokenizer)
+    assert row.ids[row.prompt_length : given.prompt_length] == header
+    assert row.prompt_length == given.prompt_length - len(header)
+    written = row.ids[row.prompt_length :]
+    assert style.extract(tokenizer.decode(written)) == ENTRY.output
 
 
 def test_a_served_conversation_is_laid_out_turn_by_turn(tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.common.gguf_header import read_gguf_header
 from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import get_style
-from lightning_sft.data.tokenizer import gpt2_tokenizer, read_vocabulary_file
+from lightning_sft.data.tokenizer import PART, gpt2_tokenizer, read_vocabulary_file
 from lightning_sft.decoding.answer_text import AnswerText
 from support.real_model import real_gguf as _real_gguf
 
@@ -170,6 +173,41 @@ def test_a_surrogate_alone_and_ids_without_a_token():
     assert tokenizer.encode_batch(["a", "", "b \ud800"]) == [
         tokenizer.encode(text) for text in ("a", "", "b \ufffd")
     ]
+
+
+def test_many_texts_are_encoded_as_each_alone(monkeypatch):
+    """In parts, on threads, and without what the library would leave behind in this process."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(WORDS, k=draw.randrange(12))) for _ in range(3 * PART + 7)]
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    for tokenizer in map(tokenizer_of, EXPECTED):
+        assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+        assert tokenizer.encode_batch([]) == []
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    tokenizer_of("qwen2").encode_batch(texts)
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+FORKS = """
+import os, sys
+from lightning_sft.data.hf_tokenizer import HFTokenizer
+tokenizer = HFTokenizer.from_folder(sys.argv[1])
+texts = ["Some words, " * (n % 7) for n in range(2000)]
+ids = tokenizer.encode_batch(texts)
+if (child := os.fork()) == 0:
+    os._exit(0 if tokenizer.encode_batch(texts) == ids else 1)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_behind_it_neither_warns_nor_waits(tmp_path):
+    """With threads of its own the library does both."""
+    folder = str(write_folder(tmp_path, eos_token="<|im_end|>"))
+    code = [sys.executable, "-c", FORKS, folder]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- A folder ---

@@ -16,10 +16,12 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import sha256_of
 from lightning_sft.data import token_cache
 from lightning_sft.data.entries import Entry
+from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.rows import Row, TokenRows, fit_to_length, tokenize
 from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import gpt2_tokenizer
+from support.tiny_run import write_tokenizer
 
 ALPACA = get_style("alpaca")
 TERSE = PromptStyle(instruction="{instruction}", input="+{input}", header=">", end=".")
@@ -86,6 +88,18 @@ def test_an_answer_that_opens_with_a_blank_line_keeps_its_boundary(answer):
     assert row.ids != tokenizer.encode(prompt + response)  # control
     assert tokenizer.decode(row.ids[: row.prompt_length]) == prompt
     assert tokenizer.decode(row.ids[row.prompt_length :]) == response
+
+
+def test_many_entries_are_tokenized_as_each_alone(book_entries, tmp_path):
+    """Together, whichever tokenizer and style it is."""
+    write_tokenizer(tmp_path, eos="<|im_end|>")
+    cases = [("alpaca", gpt2_tokenizer()), ("chatml", gpt2_tokenizer())]
+    cases += [("chatml", read_tokenizer(tmp_path)), ("llama3", read_tokenizer(tmp_path))]
+    for name, tokenizer in cases:
+        style = get_style(name)
+        rows = tokenize_entries(book_entries, style, tokenizer)
+        alone = [tokenize(entry, style, tokenizer, i) for i, entry in enumerate(book_entries)]
+        assert as_tuples(rows) == [tuple(row) for row in alone]
 
 
 # --- TokenRows ---

@@ -67,15 +67,27 @@ def test_each_size_has_a_place_on_the_hub():
     assert SIZES["qwen2.5-0.5b-instruct"] == SIZES["qwen2.5-0.5b"]
 
 
-@pytest.mark.parametrize("name", ["llama3.2-1b", "llama3.2-3b", "qwen3-0.6b", "qwen3-1.7b"])
+def test_the_context_is_the_repositorys():
+    """Only Qwen3's two differ, by what their config.json files say."""
+    for name in PUBLISHED:
+        base, tuned = SIZES[name], SIZES[f"{name}-instruct"]
+        longer = name.startswith("qwen3")
+        contexts = (32_768, 40_960) if longer else (base.context_length,) * 2
+        assert (base.context_length, tuned.context_length) == contexts
+        assert dataclasses.replace(tuned, context_length=base.context_length) == base
+
+
+BOOK = {
+    "llama3.2-1b": ("llama3", "LLAMA32_CONFIG_1B"),
+    "llama3.2-3b": ("llama3", "LLAMA32_CONFIG_3B"),
+    "qwen3-0.6b-instruct": ("qwen3", "QWEN_CONFIG_06_B"),
+    "qwen3-1.7b-instruct": ("qwen3", "QWEN3_CONFIG_1_7B"),
+}
+
+
+@pytest.mark.parametrize("name", BOOK)
 def test_sizes_are_the_books(name):
-    book = {
-        "llama3.2-1b": ("llama3", "LLAMA32_CONFIG_1B"),
-        "llama3.2-3b": ("llama3", "LLAMA32_CONFIG_3B"),
-        "qwen3-0.6b": ("qwen3", "QWEN_CONFIG_06_B"),
-        "qwen3-1.7b": ("qwen3", "QWEN3_CONFIG_1_7B"),
-    }
-    module, constant = book[name]
+    module, constant = BOOK[name]
     source = pytest.importorskip(f"llms_from_scratch.{module}")
     fields = {key: value for key, value in getattr(source, constant).items() if key != "dtype"}
     eps = 1e-5 if module == "llama3" else 1e-6  # the book's defaults in its classes

@@ -493,8 +493,10 @@ def test_a_family_is_whole(family):
     hidden = model.hidden_states(torch.arange(8)[None])
     assert hidden.shape == (1, 8, config.emb_dim)
     layers = {name for name, _ in model.trf_blocks[0].named_modules()}
-    if family.kept is not None:
-        assert all(name in layers for names, _ in family.kept.inputs for name in names)
+    for packed in (False, True):
+        for tensor in family.activation_numbers(config, packed):
+            assert tensor.numbers > 0
+            assert layers >= set(tensor.needed_by)
     if family.tokenizer is None:  # it comes with the weights
         return
     tokenizer = family.tokenizer()

@@ -10,25 +10,27 @@ import torch
 
 from lightning_sft.common.errors import ServiceError
 from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.llama import LlamaModel
 from lightning_sft.training import device_check
 from lightning_sft.training.device_check import DeviceCheck, compare_with_cpu
 from support.runs import run, write_config
+from support.tiny_run import make_tiny, write_hf
 
 TOKENS = torch.arange(20)
 
 
-def spoil_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def spoil_first_call(monkeypatch: pytest.MonkeyPatch, model: type[Any] = GPTModel) -> None:
     """The logits of the first forward pass, which is the device's, are one token off."""
-    original, calls = GPTModel.forward, [0]
+    original, calls = model.forward, [0]
 
-    def forward(self: GPTModel, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = original(self, *args, **kwargs)
         calls[0] += 1
         if calls[0] == 1:
             logits = logits.roll(1, -1)
         return logits
 
-    monkeypatch.setattr(GPTModel, "forward", forward)
+    monkeypatch.setattr(model, "forward", forward)
 
 
 def test_a_right_device_passes(tiny_model: GPTModel) -> None:
@@ -79,6 +81,24 @@ def test_the_commands_check_unless_told_not_to(
     err = capsys.readouterr().err
     assert "error: check_device: logits of cpu differ" in err
     assert run(command, "--config", config, "--check_device", "false") == 0
+
+
+def test_a_llama_is_checked_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_tiny()
+    compare_with_cpu(model, TOKENS)
+    copy = device_check._copy_to_cpu(model)
+    assert copy.out_head.weight is copy.tok_emb.weight is not model.tok_emb.weight
+    weights = str(write_hf(tmp_path / "hf"))
+    settings = {"model__architecture": "auto", "model__weights": weights}
+    settings |= {"trainer__max_steps": 1, "data__prompt_style": "chatml"}
+    config = write_config(tmp_path, **settings)
+    monkeypatch.setattr(DeviceCheck, "devices", ("cpu",))
+    spoil_first_call(monkeypatch, LlamaModel)
+    assert run("fit", "--config", config) == 3
+    assert "error: check_device: logits of cpu differ" in capsys.readouterr().err
+    assert run("fit", "--config", config) == 0  # the second call is right
 
 
 def test_a_processor_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,9 +235,3 @@ def test_weights_of_another_rotation_are_refused(tmp_path, capsys):
         capsys.readouterr().err
     )
     assert make_tiny().config == CONFIG
-
-
-def test_commands_that_are_not_there_yet(tmp_path, capsys):
-    config = write_run(tmp_path, write_hf(tmp_path / "hf"))
-    assert run("plan", "--config", config) == 2
-    assert "plan: costs are estimated for GPT-2 only so far" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from lightning_sft import GPTConfig, GPTModel, InstructionDataModule
 from lightning_sft.commands.verify_resume import equal
 from support.runs import TINY, load, newest_checkpoint, read_metrics, run, write_config
+from support.tiny_run import CONFIG, write_hf
 
 
 def start_weights(folder: Path) -> Path:
@@ -255,11 +258,20 @@ def test_memory_of_large_gradients_is_kept_from_step_to_step(kept: bool) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share_prefix", [False, True])
-def test_compiled_equals_plain_with_few_graphs(tmp_path: Path, share_prefix: bool) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_compiled_equals_plain_with_few_graphs(
+    tmp_path: Path, family: str, share_prefix: bool
+) -> None:
     """Lengths change with every batch; one graph, or one more, serves them all."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    config = write_config(tmp_path, data__share_prefix=share_prefix, trainer__max_epochs=1)
+    changes: dict[str, Any] = {"data__share_prefix": share_prefix, "trainer__max_epochs": 1}
+    if family == "llama":  # with norms of queries and keys, as Qwen3 has
+        llama = dataclasses.replace(CONFIG, qk_norm=True)
+        weights = str(write_hf(tmp_path / "hf", llama))
+        changes |= {"model__weights": weights, "model__architecture": dataclasses.asdict(llama)}
+        changes |= {"data__prompt_style": "chatml"}
+    config = write_config(tmp_path, **changes)
     assert run("fit", "--config", config, "--run.name", "plain") == 0
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
