@@ -80,8 +80,8 @@ def read_origin(path: str) -> Origin:
     config: dict[str, Any] = {}
     if run is not None:
         config = read_run_config(run)
-    # SmolLM2-1.7B is no file of the type .7B.
-    name = run.parent.name if run is not None else file.name if file.is_dir() else file.stem
+    # SmolLM2-1.7B is no file of the type .7B, and may be a name on the hub.
+    name = run.parent.name if run is not None else file.stem if file.is_file() else file.name
     generation = config.get("generation") or {}
     step, epoch, losses = None, None, {}
     if file.suffix == ".ckpt":
