@@ -12,7 +12,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +44,11 @@ from lightning_sft.data.faults import (
     write_clean,
 )
 from lightning_sft.data.find_tokenizer import tokenizer_of_model
+from lightning_sft.data.mixture import describe_mixture
 from lightning_sft.data.order import BatchOrder, row_places
+from lightning_sft.data.ordering import make_order, plan_mixture
 from lightning_sft.data.rows import TokenRows, fit_to_length
+from lightning_sft.data.template import bind_style
 from lightning_sft.data.token_cache import tokenize_entries
 
 SUMMARY = "show what the model will see of the data"
@@ -68,13 +71,13 @@ def inspect(arguments: list[str]) -> int:
         IncompleteError: `--strict`, and there are findings.
     """
     config, options = _parse(arguments)
-    style = config.style()
     tokenizer = tokenizer_of_model({key: options.model[key] for key in MODEL_KEYS})
+    style = bind_style(config.style(), tokenizer)
     check_style(style, tokenizer)
     data = config.read()
     splits = data.splits
     rows = {
-        name: tokenize_entries(entries, style, tokenizer)
+        name: tokenize_entries(entries, style, tokenizer, config.masking())
         for name, entries in zip(Splits._fields, splits, strict=True)
     }
     if options.entries or options.show:
@@ -85,7 +88,7 @@ def inspect(arguments: list[str]) -> int:
         return 0
     counts = {name: count_split(part, config, style, tokenizer) for name, part in rows.items()}
     _print_table(config, counts, splits)
-    for line in describe_skipped(data.skipped):
+    for line in [*data.notes, *describe_skipped(data.skipped)]:
         print(line)
     _print_lengths(rows["train"].lengths)
     findings = find_faults(splits, counts, config)
@@ -101,7 +104,7 @@ def inspect(arguments: list[str]) -> int:
             )
             check_answers(counts[name], config, where)
             if name == "train":
-                print(_describe_batches(trained, config, options))
+                print(_describe_batches(trained, config, options, data.counts))
     except InputError as error:
         findings.append(f"fit refuses this: {error}")
     for finding in findings:
@@ -169,7 +172,8 @@ def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Spl
     style = config.style()
     header = "in the prompt" if config.header_in_prompt else "written by the model"
     loss = "the answer" if config.mask_prompt else "prompt and answer"
-    print(f"{config.path}\nprompt style {style.name}, header {header}, loss on {loss}\n")
+    paths = ", ".join(source.path for source in config.sources())
+    print(f"{paths}\nprompt style {style.name}, header {header}, loss on {loss}\n")
     leaks, headers = find_leaks(splits), find_headers(style)
     entries = splits._asdict()
     is_cut, is_dropped = config.overlong == "truncate", config.overlong == "drop"
@@ -207,32 +211,36 @@ def _print_lengths(lengths: npt.NDArray[np.int64]) -> None:
         print(f"{begin:>6}-{begin + width - 1:<6}{number:>8,}  {bar}".rstrip())
 
 
-def _describe_batches(rows: TokenRows, config: DataConfig, options: Any) -> str:
+def _describe_batches(
+    rows: TokenRows, config: DataConfig, options: Any, counts: Sequence[int]
+) -> str:
     """Steps and padding of the first epoch.
+
+    Args:
+        counts: Training entries of each file of a mixture.
 
     Raises:
         InputError: The rows do not fill one batch.
     """
     trainer, devices = options.trainer, count_devices(options.trainer.devices)
-    order = BatchOrder(
-        rows.lengths,
-        batch_size=config.batch_size,
-        seed=int(options.seed_everything),
-        world_size=devices,
-        drop_last=config.drop_last,
-        group_by_length=config.group_by_length,
-    )
+    stretches = plan_mixture(rows, config, counts)
+    order = make_order(rows, config, int(options.seed_everything), devices, stretches)
     size = config.batch_size * devices
+    what = f"of {size}" if config.max_tokens is None else f"of at most {config.max_tokens} tokens"
     batches = limit_batches(len(order), trainer.limit_train_batches)
     accumulate = trainer.accumulate_grad_batches
     steps = count_run_steps(batches, accumulate, trainer.max_epochs, trainer.max_steps)
     lines = [
-        f"\nbatches of {size}: {batches} an epoch, {count_epoch_steps(batches, accumulate)} "
+        f"\nbatches {what}: {batches} an epoch, {count_epoch_steps(batches, accumulate)} "
         f"optimizer steps an epoch"
         + (f", {steps} in {_describe_end(trainer)}" if steps is not None else "")
     ]
-    if config.drop_last and (left_out := len(rows) % size):
+    left_out = order.num_rows % size if isinstance(order, BatchOrder) else 0
+    if config.drop_last and left_out:
         lines.append(f"drop_last leaves out {left_out} rows of each epoch, others each time")
+    if config.mixture:
+        lengths = rows.lengths.clip(max=config.max_length)
+        lines += describe_mixture(config.sources(), stretches, lengths)
     # Each device pads its own share of a batch.
     parts = [
         [list(map(int, rows[place].ids[: config.max_length])) for place in row_places(share)]

@@ -30,7 +30,8 @@ from lightning_sft.data.tokenizer import Tokenizer
 class SplitCounts(NamedTuple):
     """What training takes of one split; arrays hold the entries' places in it.
 
-    entries: All entries, those that `overlong: drop` leaves out included.
+    entries: All rows, those that `overlong: drop` leaves out included; one for each entry, but
+        for conversations of which each answer is a row.
     tokens, supervised: Input tokens and targets of an epoch, padding not counted.
     longest: Tokens of the longest row, before any cut.
     overlong: Entries of more than `max_length` tokens.
@@ -57,14 +58,16 @@ def count_split(
     """
     targets = rows.count_targets(config.max_length, config.mask_prompt)
     # A row of n tokens has n inputs and, thanks to the end-of-text behind it, n targets.
-    too_long = rows.lengths > config.max_length
+    too_long = rows.lengths > config.max_length  # (rows,)
     is_used = ~too_long if config.overlong == "drop" else np.ones(len(rows), bool)
     # A header that the model writes itself stands between the prompt and the answer proper.
     header = (
         0 if style.header_in_prompt else len(encode_pieces([Template(style.header)], tokenizer))
     )
     # The last target of a cut row is the token in place `max_length`, counted from 0.
-    answerless = is_used & too_long & (rows.prompt_lengths + header > config.max_length)
+    is_unanswered = rows.prompt_lengths + header > config.max_length
+    # Of a conversation that is cut the first answers are left, or their loss is.
+    answerless = is_used & too_long & np.where(rows.is_plain, is_unanswered, targets <= 0)
     return SplitCounts(
         entries=len(rows),
         tokens=int(rows.lengths[is_used].clip(max=config.max_length).sum()),
