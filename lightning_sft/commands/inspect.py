@@ -2,8 +2,8 @@
 
 Reads the data that a config names as `fit` does, and says how many tokens are supervised, cut or
 left out, which prompts occur twice or in two splits, how much of a batch is padding, and how many
-steps an epoch has. `--entries` shows single entries with their supervised tokens marked, `--fix`
-writes clean splits.
+steps an epoch has. `--entries` shows single entries with their supervised tokens marked, `--html`
+writes them as a page, `--fix` writes clean splits.
 
     python -m lightning_sft inspect --config gpt2-medium.yaml --entries 0,5
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lightning_sft.commands.inspect_entries import parse_places, show_entries
+from lightning_sft.commands.inspect_entries import find_rows, parse_places, show_entries, write_page
 from lightning_sft.common.arguments import PROGRAM, drop_options, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.common.parser_messages import explain, option_names
@@ -27,6 +27,7 @@ from lightning_sft.data.config import DataConfig, describe_skipped
 from lightning_sft.data.counting import (
     SplitCounts,
     check_answers,
+    check_masks,
     count_epoch_steps,
     count_run_steps,
     count_split,
@@ -53,6 +54,7 @@ from lightning_sft.data.token_cache import tokenize_entries
 
 SUMMARY = "show what the model will see of the data"
 MODEL_KEYS = ("architecture", "weights", "tokenizer")
+SHOWN_ON_PAGE = 20  # entries, where nobody says how many
 BARS = 12  # of the histogram
 BAR_WIDTH = 40
 
@@ -80,11 +82,18 @@ def inspect(arguments: list[str]) -> int:
         name: tokenize_entries(entries, style, tokenizer, config.masking())
         for name, entries in zip(Splits._fields, splits, strict=True)
     }
-    if options.entries or options.show:
-        shown = rows[options.split]
-        first = range(min(options.show, len(shown)))
+    for name, part in rows.items():
+        check_masks(part, config, style, f"{name} split")
+    if options.entries or options.show or options.html:
+        shown, count = rows[options.split], len(splits._asdict()[options.split])
+        first = range(min(options.show or SHOWN_ON_PAGE, count))
         places = parse_places(options.entries) if options.entries else first
-        show_entries(places, options.split, shown, config, tokenizer)
+        found = find_rows(places, options.split, shown)
+        if options.html:
+            write_page(Path(options.html).expanduser(), found, options.split, config, tokenizer)
+            print(f"{len(found)} rows of {options.split} written to {options.html}")
+        else:
+            show_entries(found, options.split, config, tokenizer)
         return 0
     counts = {name: count_split(part, config, style, tokenizer) for name, part in rows.items()}
     _print_table(config, counts, splits)
@@ -126,6 +135,7 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Any]:
     parser.add_argument("-c", "--config", help="YAML file; several compose, as for fit")
     parser.add_argument("--entries", help="show these entries, e.g. 0,5, instead of the counts")
     parser.add_argument("--show", type=int, default=0, help="show the first N entries instead")
+    parser.add_argument("--html", help="write these, or the first 20, token by token into a page")
     parser.add_argument(
         "--split", type=Literal["train", "test", "val"], default="train", help="what to show of"
     )

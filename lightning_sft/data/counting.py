@@ -13,6 +13,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -91,6 +92,31 @@ def check_answers(counts: SplitCounts, config: DataConfig, where: str) -> None:
             f"{where}: {len(counts.answerless)} of {used} entries are cut to max_length "
             f"{config.max_length} before their answer begins, so training would teach no "
             "answers; raise data.max_length or set data.overlong to drop"
+        )
+
+
+def check_masks(rows: TokenRows, config: DataConfig, style: PromptStyle, where: str) -> None:
+    """Refuse a split of which nothing carries loss, or everything where something should not.
+
+    Args:
+        rows: All rows of the split, before `fit_to_length`.
+
+    Raises:
+        InputError: Names the style, which is where to look first.
+    """
+    if not config.mask_prompt:
+        return
+    targets = rows.count_targets(sys.maxsize, config.mask_prompt)
+    if (targets <= 0).all():
+        raise InputError(
+            f"{where}: nothing carries loss with prompt_style {style.name} and data.train_on "
+            f"{config.train_on!r}; see what the messages' own train and weight say"
+        )
+    if (targets >= rows.lengths).all():
+        raise InputError(
+            f"{where}: everything carries loss with prompt_style {style.name} and data.train_on "
+            f"{config.train_on!r}, although data.mask_prompt is true; set it to false if that is "
+            "meant"
         )
 
 

@@ -22,7 +22,13 @@ from lightning_sft.data.batching import BatchMaker, collate_prompts
 from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
 from lightning_sft.data.conversation import Example
 from lightning_sft.data.conversation_rows import tokenize_questions
-from lightning_sft.data.counting import SplitCounts, check_answers, count_split, describe_training
+from lightning_sft.data.counting import (
+    SplitCounts,
+    check_answers,
+    check_masks,
+    count_split,
+    describe_training,
+)
 from lightning_sft.data.entries import Splits, local_path
 from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.loader import (
@@ -198,6 +204,7 @@ class InstructionDataModule(L.LightningDataModule):
                 rows = tokenize_entries(examples, self.style, self.tokenizer, config.masking())
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
+            check_masks(rows, config, self.style, where)
             self._rows[split] = fit_to_length(
                 rows,
                 max_length=config.max_length,
