@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lightning_sft.training import loss as loss_module
 from lightning_sft.training.loss import sum_cross_entropy
 from lightning_sft.training.module import SFTModule, TokenLoss
 from support.plain import make_module, make_trainer
+from support.talks import write_talks
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 LAYOUTS = {"padded": (False, False), "packed": (True, False), "shared": (True, True)}
@@ -156,24 +156,6 @@ def test_a_mean_over_the_split_takes_weights():
 
 
 # --- whole runs ---
-
-
-def write_talks(path: Path) -> Path:
-    """Conversations of one to three turns; some messages with a weight, some without loss."""
-    talks = []
-    for number in range(24):
-        turns: list[dict[str, Any]] = [{"role": "system", "content": f"Rule {number % 3}."}]
-        for turn in range(1 + number % 3):
-            turns.append({"role": "user", "content": f"Question {number} {turn}" * (turn + 1)})
-            turns.append({"role": "assistant", "content": f"Answer {turn} " * (1 + number % 4)})
-        turns[-1]["weight"] = [1, 0.5, 2][number % 3]
-        if number % 5 == 3:
-            turns[2]["train"] = False
-            turns[-1].pop("train", None)
-        talks.append({"messages": turns})
-    talks = [talk for talk in talks if any(t.get("train", True) for t in talk["messages"][2::2])]
-    path.write_text(json.dumps(talks))
-    return path
 
 
 def losses_of(folder: Path, data: dict[str, Any], **trainer: Any) -> list[float]:
