@@ -39,7 +39,7 @@ def chat(
 
     Args:
         ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
-            such as gpt2-medium), which also need an architecture.
+            such as gpt2-medium or the hub's owner/name).
         generation: How answers are written.
         multiline: An empty line sends what was typed, instead of Enter.
         architecture: For weights that do not say it themselves.

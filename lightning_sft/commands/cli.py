@@ -64,7 +64,7 @@ COMMANDS = {
     ),
     "chat": Command("commands.chat", "chat", "answer instructions typed at a terminal"),
     "serve": Command("serving.serve", "serve", "answer over OpenAI's API, with a page to talk to"),
-    "download": Command("models.files", "download_command", "fetch GPT-2's weights for later"),
+    "download": Command("models.files", "download_command", "fetch a model for later"),
 }
 
 # Take all options of `fit` besides their own.

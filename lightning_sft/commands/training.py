@@ -23,6 +23,7 @@ from lightning_sft.common.arguments import (
 )
 from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError, LightningSFTError, ServiceError
+from lightning_sft.common.hub import find_repository
 from lightning_sft.common.parser_messages import explain
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.find_tokenizer import tokenizer_folder
@@ -130,11 +131,16 @@ def use_checkpoint_config(arguments: list[str]) -> list[str]:
     """Without `--config`, take the configuration of the run that a checkpoint belongs to.
 
     A checkpoint away from its run folder brings its own hyperparameters. Explicit options come
-    behind and win. A `.pth` given as checkpoint becomes the model's weights.
+    behind and win. A `.pth` given as checkpoint becomes the model's weights, and so does a name of
+    the hub.
     """
     path = find_option(arguments, "--ckpt_path")
     if path is None or path in ("last", "best") or "://" in path:
         return arguments
+    if find_repository(path) is not None:
+        is_said = bool(option_values(arguments, "--model.architecture"))
+        arguments = [*without_option(arguments, "--ckpt_path"), f"--model.weights={path}"]
+        return arguments if is_said else [*arguments, "--model.architecture=auto"]
     checkpoint = checkpoint_in(path).resolve()
     if not checkpoint.is_file():
         return arguments

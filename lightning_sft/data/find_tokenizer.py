@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.common import files
+from lightning_sft.common import files, hub
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.gguf_header import read_gguf_header
+from lightning_sft.common.repositories import GPT2
 from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 
@@ -37,17 +38,21 @@ def tokenizer_folder(source: str | Path) -> Path | None:
 def read_tokenizer(source: str | Path | None) -> HFTokenizer:
     """The tokenizer of a folder, a tokenizer.json, a GGUF, or what has one beside it.
 
+    Args:
+        source: A path, or a name on the hub.
+
     Raises:
         InputError: There is none, or it cannot be read.
+        ServiceError: The hub could not be asked.
     """
     if source is None:
         raise InputError(
             "model.tokenizer: random weights bring no tokenizer; give a folder with tokenizer.json "
             "or a GGUF"
         )
-    if (folder := tokenizer_folder(source)) is not None:
+    path = hub.locate_source(str(source))
+    if (folder := tokenizer_folder(path)) is not None:
         return HFTokenizer.from_folder(folder)
-    path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return HFTokenizer.from_gguf(read_gguf_header(path).facts)
     raise InputError(
@@ -70,15 +75,15 @@ def tokenizer_of_model(model: Mapping[str, Any]) -> Tokenizer:
         is_gpt2 = not {"family", *_LLAMA_FIELDS} & architecture.keys()
         is_gpt2 |= architecture.get("family") == "gpt2"
     elif architecture == "auto":
-        is_gpt2 = weights is None or not is_llama(weights)
+        is_gpt2 = weights is None or weights in GPT2 or not is_llama(weights)
     else:
         is_gpt2 = architecture is None or str(architecture).startswith("gpt2")
     return gpt2_tokenizer() if is_gpt2 else read_tokenizer(model.get("tokenizer") or weights)
 
 
 def is_llama(weights: str) -> bool:
-    """Whether a GGUF or the config.json in a folder is of another architecture than GPT-2."""
-    path = Path(weights).expanduser()
+    """Whether a GGUF or a config.json, in a folder or on the hub, is of another kind than GPT-2."""
+    path = hub.locate_source(weights)
     if path.suffix == ".gguf" and path.is_file():
         return read_gguf_header(path).facts.get("general.architecture") != "gpt2"
     file = (path if path.is_dir() else path.parent) / "config.json"

@@ -116,7 +116,7 @@ def load_model(
 
     Args:
         path: A run folder, which stands for its newest checkpoint, or a checkpoint, or weights
-            (.pth, .safetensors, folder, or a name such as gpt2-medium). Adapters are merged.
+            (.pth, .safetensors, folder, or a name: gpt2-medium, owner/name). Adapters are merged.
         device: auto, cpu, cuda or mps.
         architecture, prompt_style, header_in_prompt: For weights that do not say it themselves.
         weights: Where the base of a LoRA checkpoint is now, if it was moved.

@@ -52,7 +52,7 @@ def evaluate(
 
     Args:
         ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
-            such as gpt2-medium), which also need an architecture.
+            such as gpt2-medium or the hub's owner/name).
         tasks: Names of lm-eval's tasks, with commas between.
         num_fewshot: Solved examples before each question; the task's own number by default.
         limit: Only the first so many questions of each task, to try things out.

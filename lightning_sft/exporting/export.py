@@ -71,7 +71,7 @@ def export(
 
     Args:
         ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
-            such as gpt2-medium), which also need an architecture.
+            such as gpt2-medium or the hub's owner/name).
         format: pth (the book's code), hf (transformers) or gguf (llama.cpp).
         out: The folder to make; an earlier export in it is replaced.
         verify: Load the export again and compare its greedy tokens and logits with the model's.

@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 
+from lightning_sft.common.hub import find_repository
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.origin import Origin
-from lightning_sft.models.registry import REPOSITORIES, model_name
+from lightning_sft.models.registry import model_name
 
 PACKAGES = ("lightning-sft", "torch", "lightning", "transformers", "gguf")
 EXAMPLE = Entry("Rewrite the sentence in the past tense.", "She walks to school.", "")
@@ -93,8 +94,8 @@ def _front_matter(origin: Origin, format: str) -> str:
         "tags": ["gpt2", "instruction-tuning", "lightning-sft"],
     }
     weights = origin.config.get("model", {}).get("weights")
-    if weights in REPOSITORIES:
-        facts["base_model"] = REPOSITORIES[weights]
+    if (repository := find_repository(weights)) is not None:
+        facts["base_model"] = repository.name
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
 

@@ -1,9 +1,10 @@
-"""Where GPT-2's weights come from: a path or a name → tensors under the file's own names.
+"""Where weights come from: a path or a name → tensors under the file's own names.
 
-A name (`gpt2-medium`) means the cache, else the Hugging Face hub, else OpenAI's own files where
-tensorflow is installed; a path is a folder (`model.safetensors`, its shards, or OpenAI's seven
-files) or a file (`.safetensors`, `.pth`, `.pt`, `.ckpt`). Files are memory-mapped where possible,
-and nothing in a file is run.
+A name is a size (`gpt2-medium`, `smollm2-135m`) or a repository (`owner/name@revision`) of the
+Hugging Face hub, whose cache `common/hub.py` looks into first; GPT-2's can also be OpenAI's own
+files, where tensorflow is installed. A path is a folder (`model.safetensors`, its shards, or
+OpenAI's seven files) or a file (`.safetensors`, `.pth`, `.pt`, `.ckpt`, `.gguf`). Files are
+memory-mapped where possible, and nothing in a file is run.
 
     python -m lightning_sft download gpt2-medium
 """
@@ -11,7 +12,6 @@ and nothing in a file is run.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +19,19 @@ from typing import Literal
 
 import torch
 
-from lightning_sft.common import files
+from lightning_sft.common import files, hub
 from lightning_sft.common.downloads import download
 from lightning_sft.common.errors import InputError, ServiceError
-from lightning_sft.common.files import MOST_SMALL, cache_dir, read_json, sha256_of
+from lightning_sft.common.files import cache_dir, sha256_of
 from lightning_sft.models.gguf_file import read_gguf
-from lightning_sft.models.registry import FAMILIES, MODEL_SIZES, REPOSITORIES
-from lightning_sft.models.tensor_files import map_safetensors, read_safetensors, read_torch
+from lightning_sft.models.registry import GPT2, MODEL_SIZES, REPOSITORIES
+from lightning_sft.models.tensor_files import (
+    DamagedError,
+    check_digest,
+    read_safetensors,
+    read_torch,
+)
 
-HUB = "https://huggingface.co"  # $HF_ENDPOINT names a mirror
 # The second is the copy that the book falls back to.
 OPENAI = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
@@ -45,29 +49,24 @@ OPENAI_FILES = (
 
 
 def find_weights(source: str) -> Path:
-    """The file or folder that a path or a name stands for; a name is downloaded when needed."""
+    """The file or folder that a path or a name stands for; a name is downloaded when needed.
+
+    Raises:
+        InputError: Neither is there, or access to the repository is not granted.
+        ServiceError: A name is neither in the cache nor to be had.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path
-    names = {repository: name for name, repository in REPOSITORIES.items()}
-    name = names.get(source, source)
-    _refuse_unfetched(source)
-    if name not in REPOSITORIES:
+    if (kept := _find_kept(source)) is not None:
+        return kept
+    if hub.find_repository(source) is None:
+        shown = [name for name in REPOSITORIES if not name.endswith("-instruct")]
         raise InputError(
-            f"weights: {source!r} is neither a file nor a folder nor one of "
-            f"{', '.join(REPOSITORIES)}"
+            f"weights: {source!r} is neither a file nor a folder nor one of {', '.join(shown)} "
+            "(the newer ones also with -instruct), nor owner/name on the hub"
         )
-    return fetch_weights(name)
-
-
-def _refuse_unfetched(source: str) -> None:
-    for family in FAMILIES:
-        for name, repository in family.repositories.items():
-            if source in (name, repository) and name not in REPOSITORIES:
-                raise InputError(
-                    f"weights: {source!r} is not fetched by its name yet; download the repository "
-                    f"{repository} and give its folder, or a GGUF of it"
-                )
+    return fetch_weights(source)
 
 
 def locate(source: str | None) -> str | None:
@@ -76,63 +75,97 @@ def locate(source: str | None) -> str | None:
     return str(path.resolve()) if source and path.exists() else source
 
 
-def fetch_weights(name: str, source: str = "hub") -> Path:
-    """Weights of a name in `REPOSITORIES`, from the cache or else the network.
+def fetch_weights(name: str, source: Literal["hub", "openai"] = "hub") -> Path:
+    """Weights of a name, from the cache or else the network.
 
     Args:
-        source: `hub`, which falls back to OpenAI's files where tensorflow is installed, or
-            `openai`.
+        name: A size's, or `owner/name` on the hub.
+        source: `hub`, which for GPT-2 falls back to OpenAI's files where tensorflow is installed,
+            or `openai`.
     """
-    folder = cache_dir() / "weights" / name
-    target, openai = folder / "model.safetensors", folder / "openai"
-    can_read_openai = importlib.util.find_spec("tensorflow") is not None
+    size = _gpt2_size(name)
     if source == "openai":
-        return _fetch_openai(name, openai)
-    if can_read_openai and not target.exists() and all((openai / f).exists() for f in OPENAI_FILES):
-        return openai
-    host = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    url = f"{host}/{REPOSITORIES[name]}/resolve/main/model.safetensors"
+        if size is None:
+            raise InputError(f"openai: has no {name!r}; allowed: {', '.join(GPT2.sizes)}")
+        return _fetch_openai(size)
     try:
-        return download(url, target, check=map_safetensors)
-    except ServiceError as error:
-        if not can_read_openai:
+        return hub.fetch(name)
+    except (InputError, ServiceError) as error:
+        if size is None or not can_read_openai():
             raise
         print(f"{error}; trying OpenAI's own files")
-        return _fetch_openai(name, openai)
+        return _fetch_openai(size)
 
 
-def _fetch_openai(name: str, folder: Path) -> Path:
+def can_read_openai() -> bool:
+    """Whether tensorflow is installed."""
+    return importlib.util.find_spec("tensorflow") is not None
+
+
+def _is_there(name: str, source: str) -> bool:
+    """Whether nothing has to be fetched."""
+    if source == "openai":
+        folder = cache_dir() / "weights" / (_gpt2_size(name) or "") / "openai"
+        return all((folder / part).exists() for part in OPENAI_FILES)
+    repository = hub.find_repository(name)
+    is_cached = repository is not None and hub.find_cached(repository) is not None
+    return is_cached or _find_kept(name) is not None
+
+
+def _gpt2_size(name: str) -> str | None:
+    """`gpt2-medium` of this name, or of its repository's."""
+    sizes = {repository: size for size, repository in GPT2.repositories.items()}
+    size = sizes.get(name, name)
+    return size if size in GPT2.sizes else None
+
+
+def _find_kept(source: str) -> Path | None:
+    """GPT-2's weights in our own cache: OpenAI's files, or what older versions fetched."""
+    if (size := _gpt2_size(source)) is None:
+        return None
+    folder = cache_dir() / "weights" / size
+    target, openai = folder / "model.safetensors", folder / "openai"
+    if target.is_file():
+        try:
+            check_digest(target)
+        except DamagedError:
+            return None
+        return target
+    is_whole = all((openai / part).exists() for part in OPENAI_FILES)
+    return openai if is_whole and can_read_openai() else None
+
+
+def _fetch_openai(size: str) -> Path:
+    folder = cache_dir() / "weights" / size / "openai"
     *first_hosts, last_host = OPENAI
     for host in first_hosts:
         try:
-            return _fetch_openai_from(host, name, folder)
+            return _fetch_openai_from(host, size, folder)
         except ServiceError:
             continue
-    return _fetch_openai_from(last_host, name, folder)
+    return _fetch_openai_from(last_host, size, folder)
 
 
-def _fetch_openai_from(host: str, name: str, folder: Path) -> Path:
+def _fetch_openai_from(host: str, size: str, folder: Path) -> Path:
     for part in OPENAI_FILES:
-        download(f"{host}/{MODEL_SIZES[name]}/{part}", folder / part)
+        download(f"{host}/{MODEL_SIZES[size]}/{part}", folder / part)
     return folder
 
 
-def download_command(
-    name: Literal["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"],
-    source: Literal["hub", "openai"] = "hub",
-) -> None:
-    """Fetch pretrained weights into the cache, for a machine that has no network later.
+def download_command(name: str, source: Literal["hub", "openai"] = "hub") -> None:
+    """Fetch a model into the cache, for a machine that has no network later.
 
     Args:
-        name: Which GPT-2.
-        source: The Hugging Face hub's safetensors, or OpenAI's TensorFlow checkpoint.
+        name: A size (gpt2-medium, smollm2-135m-instruct, …), or a repository of the hub: owner/name
+            or owner/name@revision.
+        source: The Hugging Face hub, or for GPT-2 OpenAI's TensorFlow checkpoint.
     """
-    folder = cache_dir() / "weights" / name
-    known = {path: path.stat().st_mtime_ns for path in folder.glob("**/*")}
-    path = fetch_weights(name, source)
-    for file in [path] if path.is_file() else [path / part for part in OPENAI_FILES]:
-        is_new = known.get(file) != file.stat().st_mtime_ns
-        print(f"{'downloaded' if is_new else 'already there'}: {file}")
+    is_there = _is_there(name, source)
+    path = _find_kept(name) if source == "hub" else None
+    path = path or fetch_weights(name, source)
+    found = [path] if path.is_file() else hub.model_files(path)
+    for file in found or [path / part for part in OPENAI_FILES]:
+        print(f"{'already there' if is_there else 'downloaded'}: {file}")
         print(f"  {file.stat().st_size:,} bytes, sha256 {sha256_of(file)}")
 
 
@@ -166,14 +199,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    try:
-        names = set(read_json(index, MOST_SMALL)["weight_map"].values())
-        shards = [index.parent / Path(name).name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index}: not an index of shards ({_one_line(error)})") from None
     tensors: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        tensors |= read_safetensors(shard)
+    for shard in hub.shard_names(index):
+        tensors |= read_safetensors(index.parent / shard)
     return tensors
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from lightning_sft.common import files
+from lightning_sft.common import files, hub
 from lightning_sft.common.errors import InputError
 from lightning_sft.models.gguf_file import read_gguf_config
-from lightning_sft.models.registry import FAMILIES, get_config
+from lightning_sft.models.registry import FAMILIES, GPT2, get_config
 
 AUTO = "auto"  # the architecture that asks for it
 
@@ -22,10 +21,15 @@ AUTO = "auto"  # the architecture that asks for it
 def found_config(source: str | None) -> Any | None:
     """The configuration in a folder's config.json or a GGUF; None where neither says it.
 
+    Of a name on the hub, config.json and tokenizer are fetched, and nothing of GPT-2's own sizes.
+
     Raises:
         InputError: It is damaged, or an architecture that is not built here.
+        ServiceError: The hub could not be asked.
     """
-    path = Path(source or "").expanduser()
+    if source is not None and source in GPT2.sizes and hub.find_repository(source) is not None:
+        return GPT2.sizes[source]
+    path = hub.locate_source(source or "")
     if source and path.suffix == ".gguf" and path.is_file():
         return read_gguf_config(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
@@ -68,8 +72,10 @@ def check_config(config: Any, weights: str | None) -> None:
     Raises:
         InputError: Names the first field that differs.
     """
+    if not hasattr(config, "rope_base"):
+        return
     found = found_config(weights)
-    if found is None or type(found) is not type(config) or not hasattr(config, "rope_base"):
+    if found is None or type(found) is not type(config):
         return
     for field in dataclasses.fields(found):
         wanted, theirs = getattr(config, field.name), getattr(found, field.name)

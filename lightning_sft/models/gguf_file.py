@@ -13,7 +13,9 @@ Source: the GGUF format and convert_hf_to_gguf.py, github.com/ggml-org/llama.cpp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from lightning_sft.models import gpt2_weights, llama_weights
 from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.llama import rotation_rates
 from lightning_sft.models.llama_config import LlamaConfig, RopeFrequencies
+from lightning_sft.runs.run_folder import is_first_process
 
 # GGML's numbers of the types that torch has itself, and which numpy type carries their bytes.
 _PLAIN = {
@@ -118,6 +121,21 @@ def read_gguf(path: Path) -> tuple[LlamaConfig | GPTConfig, dict[str, torch.Tens
         names.get(name, name): _rearrange(name, tensor, kind, config)
         for name, tensor in tensors.items()
     }
+
+
+@functools.cache  # said once
+def note_quantized(path: Path) -> None:
+    """Say on stderr, on the first rank, that a quantized GGUF is a worse start than its weights."""
+    gguf = gguf_package()
+    kinds = {place.kind for place in read_gguf_header(path).tensors.values()} - _PLAIN.keys()
+    types = [_quantization(kind, str(path)) for kind in sorted(kinds)]
+    rounded = [kind.name for kind in types if gguf.GGML_QUANT_SIZES[kind][0] > 1]  # in blocks
+    if rounded and is_first_process():
+        print(
+            f"note: {path.name} is quantized ({', '.join(rounded)}), a worse start for training "
+            "than the full-precision weights it was made of",
+            file=sys.stderr,
+        )
 
 
 def _rearrange(

@@ -148,20 +148,3 @@ SIZES = {
 # What was tuned to follow instructions is built like what it was tuned from. (Qwen3's base models
 # saw 32,768 tokens at once; the number is a limit here and changes nothing that is computed.)
 SIZES |= {f"{name}-instruct": config for name, config in SIZES.items()}
-# On the Hugging Face hub.
-REPOSITORIES = {
-    "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
-    "qwen3-0.6b-instruct": "Qwen/Qwen3-0.6B",
-    "qwen3-1.7b": "Qwen/Qwen3-1.7B-Base",
-    "qwen3-1.7b-instruct": "Qwen/Qwen3-1.7B",
-}
-_TUNED_BESIDE = {
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
-    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
-}
-REPOSITORIES |= _TUNED_BESIDE
-REPOSITORIES |= {f"{name}-instruct": f"{place}-Instruct" for name, place in _TUNED_BESIDE.items()}

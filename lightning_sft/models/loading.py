@@ -32,7 +32,8 @@ def load_weights(model: GPTModel, source: str | None) -> Path | None:
 
     Args:
         model: On the meta device (its parameters become real ones on the CPU) or any other.
-        source: A name of `REPOSITORIES`, a folder or a file; None leaves the model as it is.
+        source: A name (of `REPOSITORIES`, or owner/name), a folder or a file; None leaves the
+            model as it is.
 
     Returns:
         Where the weights were read from.

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, hide_keys
+from lightning_sft.common.hub import find_repository
 from lightning_sft.data.entries import KNOWN_SHA256, is_url, local_path
 from lightning_sft.models.checkpoint_file import read_checkpoint
 from lightning_sft.models.ready import read_run_config
@@ -50,8 +51,9 @@ class Origin:
     def settings(self) -> dict[str, Any]:
         """The part of the config that shapes the weights, fit to be published."""
         model = {key: value for key, value in self.config.get("model", {}).items() if value}
-        if isinstance(model.get("weights"), str):
-            model["weights"] = public_name(model["weights"])
+        weights = model.get("weights")
+        if isinstance(weights, str) and find_repository(weights) is None:
+            model["weights"] = public_name(weights)
         data = {
             key: value
             for key, value in self.config.get("data", {}).items()
@@ -78,7 +80,7 @@ def read_origin(path: str) -> Origin:
     config: dict[str, Any] = {}
     if run is not None:
         config = read_run_config(run)
-    name = run.parent.name if run is not None else file.stem
+    name = run.parent.name if run is not None else file.stem if file.is_file() else file.name
     generation = config.get("generation") or {}
     step, epoch, losses = None, None, {}
     if file.suffix == ".ckpt":

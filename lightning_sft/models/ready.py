@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_sft.common import hub
 from lightning_sft.common.config_files import read_config
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.prompts import PromptStyle, get_style, style_of_run
@@ -31,7 +32,7 @@ def load_for_answers(
     """A model ready to answer, and the style it was trained with. Adapters are merged.
 
     Args:
-        path: A checkpoint, or weights.
+        path: A checkpoint, or weights: a path or a name.
         architecture, prompt_style, header_in_prompt: For weights that do not say it themselves.
         weights: Of a LoRA checkpoint's base, instead of those that it names.
 
@@ -149,6 +150,7 @@ def _run_architecture(config: dict[str, Any]) -> GPTConfig | None:
 
 def _guess_architecture(path: str) -> str | None:
     """From the book's file names, gpt2-medium355M-sft.pth, or a name such as gpt2-medium."""
+    if (repository := hub.find_repository(path)) is not None:  # its config.json says the rest
+        return next((size for size, name in REPOSITORIES.items() if name == repository.name), None)
     name = Path(path).name
-    names = {repository: size for size, repository in REPOSITORIES.items()}
-    return names.get(path) or next((size for size in ARCHITECTURES if name.startswith(size)), None)
+    return next((size for size in ARCHITECTURES if name.startswith(size)), None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lightning_sft.common import repositories
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 from lightning_sft.models import gpt2_weights, llama_config, llama_weights
@@ -85,12 +86,7 @@ GPT2 = Family(
         "gpt2-large": "774M",
         "gpt2-xl": "1558M",
     },
-    repositories={
-        "gpt2-small": "openai-community/gpt2",
-        "gpt2-medium": "openai-community/gpt2-medium",
-        "gpt2-large": "openai-community/gpt2-large",
-        "gpt2-xl": "openai-community/gpt2-xl",
-    },
+    repositories=repositories.GPT2,
     tokenizer=gpt2_tokenizer,
     from_hf=gpt2_weights.from_hf,
     from_book=lambda tensors, _: dict(tensors),
@@ -119,7 +115,7 @@ LLAMA = Family(
     model=LlamaModel,
     sizes=llama_config.SIZES,
     labels={},
-    repositories=llama_config.REPOSITORIES,
+    repositories=repositories.LLAMA,
     tokenizer=None,
     from_hf=llama_weights.from_hf,
     from_book=llama_weights.from_hf,  # the book's Qwen3 has another name for its gains
@@ -135,7 +131,7 @@ FAMILIES = (GPT2, LLAMA)
 
 ARCHITECTURES: dict[str, Any] = {k: v for one in FAMILIES for k, v in one.sizes.items()}
 MODEL_SIZES: dict[str, str] = {k: v for one in FAMILIES for k, v in one.labels.items()}
-REPOSITORIES: dict[str, str] = dict(GPT2.repositories)  # the names that are fetched
+REPOSITORIES: dict[str, str] = repositories.REPOSITORIES
 
 
 def family_of(config: DecoderConfig) -> Family:

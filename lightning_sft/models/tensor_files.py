@@ -104,11 +104,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """
     _open(path).close()
     check_digest(path)
-    return map_safetensors(path)
-
-
-def map_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """`read_safetensors` without the digest, for a file that is being downloaded."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

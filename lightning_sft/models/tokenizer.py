@@ -19,7 +19,7 @@ def find_tokenizer(config: Any, source: str | None, weights: str | None) -> Toke
 
     Args:
         config: The model's.
-        source: A folder with tokenizer.json, or a GGUF, where it is not with the weights.
+        source: A folder with tokenizer.json, a GGUF or a name, where it is not with the weights.
         weights: What the model starts from.
 
     Raises:

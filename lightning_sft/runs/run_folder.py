@@ -56,7 +56,7 @@ def checkpoint_in(path: str | Path, option: str = "ckpt_path") -> Path:
     """The file that is meant where a checkpoint may be given: for a run folder, its newest one.
 
     A run folder without checkpoints stands for its final weights. Anything else comes back as it
-    is: a file, a folder of weights, or a name such as gpt2-medium.
+    is: a file, a folder of weights, or a name such as gpt2-medium or owner/name.
 
     Args:
         option: What a complaint calls the path.

@@ -52,7 +52,7 @@ def serve(
 
     Args:
         ckpt_path: A checkpoint, a run folder, or weights (.pth, .safetensors, folder, or a name
-            such as gpt2-medium), which also need an architecture.
+            such as gpt2-medium or the hub's owner/name).
         compare_ckpt_path: A second one, to compare on the page; a model of its own in the API.
         name: What the API calls the model; by default the run's name.
         compare_name: Likewise, for the second.

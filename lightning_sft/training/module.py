@@ -36,6 +36,7 @@ from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.models.files import locate
 from lightning_sft.models.found_config import check_config, settle_config
+from lightning_sft.models.gguf_file import note_quantized
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.layers import PackedLayout, run_block
 from lightning_sft.models.loading import load_weights, make_model
@@ -72,8 +73,9 @@ class SFTModule(L.LightningModule):
     Args:
         architecture: `gpt2-small`, `-medium`, `-large`, `-xl`, `smollm2-135m` and its kin, a
             mapping of `GPTConfig` or `LlamaConfig` fields, or `auto`: what the weights say.
-        weights: Where the model starts: a name as above, a path (folder, .safetensors, .pth,
-            .ckpt, .gguf), or null for random weights.
+        weights: Where the model starts: a name as above or of the Hugging Face hub (owner/name,
+            owner/name@revision), a path (folder, .safetensors, .pth, .ckpt, .gguf), or null for
+            random weights.
         lora: Freeze the weights and train adapters beside them; a checkpoint then holds these.
         optimizer: Any of `torch.optim`; fused where the device has it.
         lr_scheduler: Any of `torch.optim.lr_scheduler`, or `lightning_sft.WarmupCosine`. Stepped
@@ -87,8 +89,8 @@ class SFTModule(L.LightningModule):
         max_length: The data's; checked against the model's context.
         generation: How answers are written.
         seed: Of random weights and dropout.
-        tokenizer: A folder with tokenizer.json, or a GGUF, where it is not with the weights.
-            GPT-2 has its own.
+        tokenizer: A folder with tokenizer.json, a name of the hub, or a GGUF, where it is not with
+            the weights. GPT-2 has its own.
     """
 
     def __init__(
@@ -175,7 +177,9 @@ class SFTModule(L.LightningModule):
         model = make_model(self.config)
         if self.weights is not None:
             check_config(self.config, self.weights)
-            load_weights(model, self.weights)
+            path = load_weights(model, self.weights)
+            if path is not None and path.suffix == ".gguf":
+                note_quantized(path)
         else:
             model.randomize(self.seed)
         if self.lora is not None:

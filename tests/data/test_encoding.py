@@ -131,7 +131,7 @@ def test_a_ggufs_own_tokenizer_is_kept_too(tmp_path, monkeypatch):
 
 def test_without_a_tokenizer(tmp_path):
     (tmp_path / "model.pth").touch()
-    for source in (tmp_path, tmp_path / "model.pth", "smollm2-135m"):
+    for source in (tmp_path, tmp_path / "model.pth", "smollm9-135m"):
         with pytest.raises(InputError, match=r"^model.tokenizer: there is no tokenizer.json in or"):
             read_tokenizer(source)
     with pytest.raises(InputError, match=r"^model.tokenizer: random weights bring no tokenizer"):

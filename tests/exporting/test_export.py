@@ -41,13 +41,14 @@ from lightning_sft.exporting.export_gguf import (
 )
 from lightning_sft.exporting.export_hf import generation_config, hf_config, write_safetensors
 from lightning_sft.exporting.exported_program import our_program
+from lightning_sft.exporting.model_card import model_card
 from lightning_sft.exporting.verify_export import ask, check, compare, make_prompts, round_model
 from lightning_sft.models import gpt2_weights as weights
 from lightning_sft.models.files import read_tensors
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.gpt2_weights import from_hf, iterate_hf, to_hf
 from lightning_sft.models.loading import load_weights
-from lightning_sft.models.origin import public_name, read_origin
+from lightning_sft.models.origin import Origin, public_name, read_origin
 from lightning_sft.models.ready import load_for_answers
 from lightning_sft.models.registry import ARCHITECTURES, GPT2
 from lightning_sft.models.tensor_files import check_digest
@@ -709,6 +710,16 @@ def test_card_says_where_the_model_comes_from(trained, hf_folder):
     assert yaml.safe_load(settings)["model"]["architecture"]["n_layers"] == 2
     assert str(trained.parents[4]) not in card
     assert "<|endoftext|>" in text
+
+
+@pytest.mark.parametrize("weights", ["gpt2-small", "openai-community/gpt2@main"])
+def test_the_card_names_what_was_tuned(weights):
+    origin = Origin("tuned", config={"model": {"weights": weights}})
+    card = model_card(GPTConfig(), get_style("alpaca"), origin, "pth", "tuned.pth")
+    facts = yaml.safe_load(card.split("---")[1])
+    assert facts["base_model"] == "openai-community/gpt2"
+    assert origin.settings() == {"model": {"weights": weights}}
+    assert read_origin("Qwen/Qwen2.5-0.5B").name == "Qwen2.5-0.5B"
 
 
 def test_nothing_private_goes_into_the_card(tmp_path):

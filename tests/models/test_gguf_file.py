@@ -16,11 +16,16 @@ from lightning_sft.common.gguf_header import read_gguf_header
 from lightning_sft.data.prompts import get_style
 from lightning_sft.exporting import export_gguf
 from lightning_sft.models import gpt2_weights
-from lightning_sft.models.gguf_file import halves_from_pairs, pairs_from_halves, read_gguf
+from lightning_sft.models.gguf_file import (
+    halves_from_pairs,
+    note_quantized,
+    pairs_from_halves,
+    read_gguf,
+)
 from lightning_sft.models.gpt2 import GPTConfig
 from lightning_sft.models.llama_config import SIZES, LlamaConfig, RopeFrequencies
 from support.real_model import real_gguf as _real_gguf
-from support.tiny_llama import CONFIGS, make_llama
+from support.tiny_llama import CONFIGS, SIZE, make_llama
 
 gguf = pytest.importorskip("gguf")
 from support.tiny_gguf import QUANTIZED, load, write_gguf  # noqa: E402
@@ -187,3 +192,17 @@ def test_the_real_model(real_gguf: Path):
     model = load(real_gguf)
     assert time.process_time() - began < 5
     assert model.config == SIZES["smollm2-135m"]
+
+
+def test_quantized_weights_are_said_to_be_a_worse_start_once(tmp_path: Path, capsys):
+    model = make_llama(LlamaConfig(**SIZE | {"emb_dim": 64, "hidden_dim": 64}))
+    write_gguf(model, tmp_path / "plain.gguf", "f16")
+    note_quantized(tmp_path / "plain.gguf")
+    assert capsys.readouterr().err == ""
+    write_gguf(model, tmp_path / "rounded.gguf", "q4_1")
+    for _ in range(2):
+        note_quantized(tmp_path / "rounded.gguf")
+    assert capsys.readouterr().err == (
+        "note: rounded.gguf is quantized (Q4_1), a worse start for training than the "
+        "full-precision weights it was made of\n"
+    )

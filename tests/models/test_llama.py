@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.common.repositories import LLAMA as REPOSITORIES
 from lightning_sft.data.batching import collate, pack
 from lightning_sft.models.cache import KVCache
 from lightning_sft.models.layers import PackedLayout, run_block
 from lightning_sft.models.llama import LlamaModel, rotate, rotation_of
-from lightning_sft.models.llama_config import REPOSITORIES, SIZES, LlamaConfig
+from lightning_sft.models.llama_config import SIZES, LlamaConfig
 from lightning_sft.training.loss import sum_cross_entropy
 from support.tiny_llama import CONFIGS, SIZE, make_llama
 

@@ -23,7 +23,8 @@ from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.gpt2_weights import from_hf, to_hf
 from lightning_sft.models.loading import book_state_dict, load_weights
 from lightning_sft.models.registry import ARCHITECTURES
-from support.hub import Hub, Reply
+from support.hub import Reply
+from support.model_hub import ModelHub, damage
 from support.tiny_weights import INPUT_IDS, TIED, TINY, logits_of, make_book_model, make_model
 
 
@@ -70,11 +71,8 @@ def hf_folders(tmp_path_factory):
 def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(downloads, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("LIGHTNING_SFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        weight_files.importlib.util, "find_spec", lambda name: None
-    )  # no tensorflow
-    with Hub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.address + "/")
+    monkeypatch.setattr(weight_files, "can_read_openai", lambda: False)
+    with ModelHub(monkeypatch, tmp_path / "hub") as server:
         yield server
 
 
@@ -425,26 +423,40 @@ def tiny_safetensors(tmp_path: Path) -> bytes:
     return (tmp_path / "tiny.safetensors").read_bytes()
 
 
-RESOLVE = "/openai-community/gpt2-medium/resolve/main/model.safetensors"
+REPOSITORY = "openai-community/gpt2-medium"
+
+
+def put_on(hub: ModelHub, tmp_path: Path, body: bytes | None = None) -> None:
+    body = tiny_safetensors(tmp_path) if body is None else body
+    hub.add(REPOSITORY, {"config.json": b"{}", "model.safetensors": body})
+
+
+def keep(tmp_path: Path, body: bytes) -> Path:
+    """As a version fetched it that had no use for the hub's own cache."""
+    folder = tmp_path / "cache" / "weights" / "gpt2-medium"
+    folder.mkdir(parents=True)
+    path = folder / "model.safetensors"
+    path.write_bytes(body)
+    path.with_name("model.safetensors.sha256").write_text(f"{files.sha256_of(path)}  {path.name}\n")
+    return path
 
 
 def test_a_name_is_fetched_once(hub, tmp_path):
-    body = tiny_safetensors(tmp_path)
-    hub.serve("/cdn/blob", body)
-    hub.redirect(
-        RESOLVE,
-        "/cdn/blob",
-        X_Linked_Size=str(len(body)),
-        X_Linked_Etag=f'"{files.sha256_of(tmp_path / "tiny.safetensors")}"',
-    )
+    put_on(hub, tmp_path)
     for name in ("gpt2-medium", "openai-community/gpt2-medium"):
         assert torch.equal(load_logits(name), logits_of(make_model()))
-    assert [request.path for request in hub.requests] == [RESOLVE, "/cdn/blob"]
-    cached = tmp_path / "cache" / "weights" / "gpt2-medium" / "model.safetensors"
-    assert cached.read_bytes() == body
-    cached.write_bytes(body[:-1] + b"!")
+    assert len(hub.storage.requests) == 1
+    cached = weight_files.find_weights("gpt2-medium") / "model.safetensors"
+    damage(cached)
     assert torch.equal(load_logits("gpt2-medium"), logits_of(make_model()))
-    assert cached.read_bytes() == body
+    assert cached.read_bytes() == tiny_safetensors(tmp_path)
+
+
+def test_shards_of_a_repository(hub, hf_folders):
+    folder, expected = hf_folders["untied"]
+    hub.add("owner/sharded", folder / "shards")
+    torch.testing.assert_close(load_logits("owner/sharded"), expected, atol=1e-5, rtol=1e-5)
+    assert len([r for r in hub.storage.requests if r.method == "GET"]) > 1
 
 
 def test_a_local_path_goes_before_a_name(hub, tmp_path, monkeypatch):
@@ -456,42 +468,63 @@ def test_a_local_path_goes_before_a_name(hub, tmp_path, monkeypatch):
 
 
 def test_what_is_no_safetensors_file_is_not_accepted(hub, tmp_path):
-    hub.serve(RESOLVE, tiny_safetensors(tmp_path)[:-5])
-    with pytest.raises(ServiceError, match="not a whole safetensors file"):
+    put_on(hub, tmp_path, tiny_safetensors(tmp_path)[:-5])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
         load_logits("gpt2-medium")
-    assert not (tmp_path / "cache/weights/gpt2-medium/model.safetensors").exists()
-    hub.serve(RESOLVE, tiny_safetensors(tmp_path))  # control
-    load_logits("gpt2-medium")
 
 
-def test_without_a_hub_it_is_said_where_to_put_the_file(hub, tmp_path):
-    target = tmp_path / "cache/weights/gpt2-medium/model.safetensors"
+def test_what_older_versions_fetched_is_found(hub, tmp_path):
+    path = keep(tmp_path, tiny_safetensors(tmp_path))
+    for name in ("gpt2-medium", "openai-community/gpt2-medium"):
+        assert torch.equal(load_logits(name), logits_of(make_model()))
+    assert hub.requests == []
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    put_on(hub, tmp_path)
+    assert torch.equal(load_logits("gpt2-medium"), logits_of(make_model()))
+    assert len(hub.storage.requests) == 1
+
+
+def test_without_a_hub_it_is_said_what_to_do(hub, tmp_path):
+    hub.move("http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(ServiceError) as error:
         load_logits("gpt2-medium")
-    assert f"{hub.address}{RESOLVE}" in str(error.value)
-    assert f"put the file at {target} by hand" in str(error.value)
-    target.write_bytes(tiny_safetensors(tmp_path))
-    assert torch.equal(load_logits("gpt2-medium"), logits_of(make_model()))
+    assert (
+        f"{REPOSITORY} is not whole in the cache and could not be fetched from http://127.0.0.1:9"
+        in str(error.value)
+    )
+    assert "or give the folder that holds it" in str(error.value)
+    (tmp_path / "by hand").mkdir()
+    (tmp_path / "by hand" / "model.safetensors").write_bytes(tiny_safetensors(tmp_path))
+    assert torch.equal(load_logits(tmp_path / "by hand"), logits_of(make_model()))
 
 
-def serve_openai(hub: Hub, host: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_files, "OPENAI", (f"{hub.address}/first", f"{hub.address}/second"))
+def test_openais_is_gpt2_alone(hub):
+    with pytest.raises(InputError, match="openai: has no 'smollm2-135m'; allowed: gpt2-small"):
+        weight_files.fetch_weights("smollm2-135m", "openai")
+    assert hub.requests == []
+
+
+def serve_openai(hub: ModelHub, host: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = hub.server.address
+    monkeypatch.setattr(weight_files, "OPENAI", (f"{address}/first", f"{address}/second"))
     for part in weight_files.OPENAI_FILES:
-        hub.serve(f"/{host}/{size}/{part}", part.encode())
+        hub.server.serve(f"/{host}/{size}/{part}", part.encode())
 
 
 @pytest.mark.parametrize("host", ["first", "second"])
-def test_openais_files_when_the_hub_fails(hub, tmp_path, monkeypatch, host):
+@pytest.mark.parametrize("fault", [Reply(404, b""), Reply(503, b"", {"Retry-After": "999"})])
+def test_openais_files_when_the_hub_fails(hub, tmp_path, monkeypatch, host, fault):
+    hub.server.default[f"/{REPOSITORY}/resolve/main/config.json"] = fault
     serve_openai(hub, host, "355M", monkeypatch)
-    with pytest.raises(ServiceError):  # control: nothing to read them with
-        weight_files.fetch_weights("gpt2-medium")
-    monkeypatch.setattr(weight_files.importlib.util, "find_spec", lambda name: name)
-    folder = weight_files.fetch_weights("gpt2-medium")
+    with pytest.raises((InputError, ServiceError)):  # control: nothing to read them with
+        weight_files.find_weights("gpt2-medium")
+    monkeypatch.setattr(weight_files, "can_read_openai", lambda: True)
+    folder = weight_files.find_weights("gpt2-medium")
     assert folder == tmp_path / "cache/weights/gpt2-medium/openai"
     for part in weight_files.OPENAI_FILES:
         assert (folder / part).read_bytes() == part.encode()
-    hub.requests.clear()
-    assert weight_files.fetch_weights("gpt2-medium") == folder
+    hub.forget()
+    assert weight_files.find_weights("gpt2-medium") == folder
     assert hub.requests == []
 
 
@@ -502,18 +535,34 @@ def test_openais_files_need_tensorflow(tmp_path, monkeypatch):
 
 
 def test_download_command_tells_what_it_did(hub, tmp_path, capsys, monkeypatch):
-    hub.serve(RESOLVE, tiny_safetensors(tmp_path))
+    put_on(hub, tmp_path)
     weight_files.download_command("gpt2-medium")
-    path = tmp_path / "cache/weights/gpt2-medium/model.safetensors"
-    size, sha256 = path.stat().st_size, files.sha256_of(path)
-    facts = f": {path}\n  {size:,} bytes, sha256 {sha256}\n"
-    assert capsys.readouterr().out == f"downloaded{facts}"
+    folder = weight_files.find_weights("gpt2-medium")
+    facts = ""
+    for name in ("config.json", "model.safetensors"):
+        path = folder / name
+        size, sha256 = path.stat().st_size, files.sha256_of(path)
+        facts += f"WHAT: {path}\n  {size:,} bytes, sha256 {sha256}\n"
+    assert capsys.readouterr().out == facts.replace("WHAT", "downloaded")
+    hub.forget()
     weight_files.download_command("gpt2-medium")
-    assert capsys.readouterr().out == f"already there{facts}"
-    assert len(hub.requests) == 1
+    assert capsys.readouterr().out == facts.replace("WHAT", "already there")
+    assert hub.requests == []  # still there, and not asked for again
     serve_openai(hub, "first", "355M", monkeypatch)
-    weight_files.download_command("gpt2-medium", "openai")
-    assert capsys.readouterr().out.count("downloaded: ") == len(weight_files.OPENAI_FILES)
-    hub.script(RESOLVE, Reply(404, b""))  # still there, and not asked for again
+    for what in ("downloaded", "already there"):
+        weight_files.download_command("gpt2-medium", "openai")
+        assert capsys.readouterr().out.count(f"{what}: ") == len(weight_files.OPENAI_FILES)
     weight_files.download_command("gpt2-medium")
     assert "already there" in capsys.readouterr().out
+    path = keep(tmp_path / "older", tiny_safetensors(tmp_path))
+    monkeypatch.setenv("LIGHTNING_SFT_CACHE", str(tmp_path / "older" / "cache"))
+    weight_files.download_command("gpt2-medium")
+    assert f"already there: {path}\n" in capsys.readouterr().out
+
+
+def test_download_command_takes_any_name(hub, tmp_path, capsys):
+    hub.add("owner/name", {"config.json": b"{}", "model.safetensors": tiny_safetensors(tmp_path)})
+    weight_files.download_command("owner/name@main")
+    assert capsys.readouterr().out.count("downloaded: ") == 2
+    with pytest.raises(InputError, match="'nonsense' is no name on the hub"):
+        weight_files.download_command("nonsense")

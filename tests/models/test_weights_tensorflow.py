@@ -21,7 +21,7 @@ from lightning_sft.models import files as weight_files
 from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.models.gpt2_weights import to_hf
 from lightning_sft.models.loading import load_weights
-from support.hub import Hub
+from support.model_hub import ModelHub
 
 pytestmark = pytest.mark.slow
 tf = pytest.importorskip("tensorflow", reason="needs the openai extra (tensorflow)")
@@ -91,13 +91,13 @@ def test_openai_and_hugging_face_give_equal_logits(folders):
 def test_the_hub_fails_and_openai_helps(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("LIGHTNING_SFT_CACHE", str(tmp_path))
-    with Hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.address)
-        monkeypatch.setattr(weight_files, "OPENAI", (f"{hub.address}/a", f"{hub.address}/b"))
+    with ModelHub(monkeypatch, tmp_path / "hub") as hub:
+        address = hub.server.address
+        monkeypatch.setattr(weight_files, "OPENAI", (f"{address}/a", f"{address}/b"))
         for path in folders[1].iterdir():
-            hub.serve(f"/b/774M/{path.name}", path.read_bytes())
+            hub.server.serve(f"/b/774M/{path.name}", path.read_bytes())
         assert torch.equal(load_logits("gpt2-large"), load_logits(str(folders[0])))
-        hub.requests.clear()
+        hub.forget()
         load_logits("gpt2-large")
         assert hub.requests == []
 

@@ -191,11 +191,6 @@ def test_twenty_steps_equal_transformers(tmp_path, layout):
     ("options", "message"),
     [
         (
-            ["--model.weights", "smollm2-135m"],
-            "weights: 'smollm2-135m' is not fetched by its name yet; download the repository "
-            "HuggingFaceTB/SmolLM2-135M and give its folder, or a GGUF of it",
-        ),
-        (
             ["--model.architecture", json.dumps({"family": "llama"}), "--model.weights", "null"],
             "model.tokenizer: random weights bring no tokenizer; give a folder with tokenizer.json "
             "or a GGUF",
@@ -224,8 +219,7 @@ def test_twenty_steps_equal_transformers(tmp_path, layout):
 def test_what_is_refused_in_one_line(tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     config = write_run(tmp_path, write_hf(tmp_path / "hf"))
-    architecture = ["--model.architecture", "smollm2-135m"] if "smollm2-135m" in options else []
-    assert run("fit", "--config", config, *architecture, *options) == 2
+    assert run("fit", "--config", config, *options) == 2
     assert capsys.readouterr().err.strip().removeprefix("error: ") == message
     assert not (tmp_path / "runs").exists()
 
