@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_sft.data.batching import collate
+    from lightning_sft.data.conversation import Conversation, Message
     from lightning_sft.data.datamodule import InstructionDataModule
     from lightning_sft.data.entries import Entry, read_entries, split_entries
     from lightning_sft.decoding.answering import AnsweringModel, load_model
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnsweringModel",
+    "Conversation",
     "Entry",
     "FinalWeights",
     "GPTConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "LlamaConfig",
     "LlamaModel",
     "LossCurve",
+    "Message",
     "RunFolder",
     "SFTModule",
     "SampleResponses",
@@ -56,6 +59,8 @@ __all__ = [
 
 _OWNERS = {
     "AnsweringModel": "decoding.answering",
+    "Conversation": "data.conversation",
+    "Message": "data.conversation",
     "Entry": "data.entries",
     "FinalWeights": "training.checkpoint",
     "GenerationConfig": "decoding.generation",

@@ -2,8 +2,8 @@
 
 Reads the data that a config names as `fit` does, and says how many tokens are supervised, cut or
 left out, which prompts occur twice or in two splits, how much of a batch is padding, and how many
-steps an epoch has. `--entries` shows single entries with their supervised tokens marked, `--fix`
-writes clean splits.
+steps an epoch has. `--entries` shows single entries with their supervised tokens marked, `--html`
+writes them as a page, `--fix` writes clean splits.
 
     python -m lightning_sft inspect --config gpt2-medium.yaml --entries 0,5
 
@@ -12,14 +12,14 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_sft.commands.inspect_entries import parse_places, show_entries
+from lightning_sft.commands.inspect_entries import find_rows, parse_places, show_entries, write_page
 from lightning_sft.common.arguments import PROGRAM, drop_options, read_layers
 from lightning_sft.common.errors import IncompleteError, InputError
 from lightning_sft.common.parser_messages import explain, option_names
@@ -27,6 +27,7 @@ from lightning_sft.data.config import DataConfig, describe_skipped
 from lightning_sft.data.counting import (
     SplitCounts,
     check_answers,
+    check_masks,
     count_epoch_steps,
     count_run_steps,
     count_split,
@@ -44,12 +45,16 @@ from lightning_sft.data.faults import (
     write_clean,
 )
 from lightning_sft.data.find_tokenizer import tokenizer_of_model
+from lightning_sft.data.mixture import describe_mixture
 from lightning_sft.data.order import BatchOrder, row_places
+from lightning_sft.data.ordering import make_order, plan_mixture
 from lightning_sft.data.rows import TokenRows, fit_to_length
+from lightning_sft.data.template import bind_style
 from lightning_sft.data.token_cache import tokenize_entries
 
 SUMMARY = "show what the model will see of the data"
 MODEL_KEYS = ("architecture", "weights", "tokenizer")
+SHOWN_ON_PAGE = 20  # entries, where nobody says how many
 BARS = 12  # of the histogram
 BAR_WIDTH = 40
 
@@ -68,24 +73,31 @@ def inspect(arguments: list[str]) -> int:
         IncompleteError: `--strict`, and there are findings.
     """
     config, options = _parse(arguments)
-    style = config.style()
     tokenizer = tokenizer_of_model({key: options.model[key] for key in MODEL_KEYS})
+    style = bind_style(config.style(), tokenizer)
     check_style(style, tokenizer)
     data = config.read()
     splits = data.splits
     rows = {
-        name: tokenize_entries(entries, style, tokenizer)
+        name: tokenize_entries(entries, style, tokenizer, config.masking())
         for name, entries in zip(Splits._fields, splits, strict=True)
     }
-    if options.entries or options.show:
-        shown = rows[options.split]
-        first = range(min(options.show, len(shown)))
+    for name, part in rows.items():
+        check_masks(part, config, style, f"{name} split")
+    if options.entries or options.show or options.html:
+        shown, count = rows[options.split], len(splits._asdict()[options.split])
+        first = range(min(options.show or SHOWN_ON_PAGE, count))
         places = parse_places(options.entries) if options.entries else first
-        show_entries(places, options.split, shown, config, tokenizer)
+        found = find_rows(places, options.split, shown)
+        if options.html:
+            write_page(Path(options.html).expanduser(), found, options.split, config, tokenizer)
+            print(f"{len(found)} rows of {options.split} written to {options.html}")
+        else:
+            show_entries(found, options.split, config, tokenizer)
         return 0
     counts = {name: count_split(part, config, style, tokenizer) for name, part in rows.items()}
     _print_table(config, counts, splits)
-    for line in describe_skipped(data.skipped):
+    for line in [*data.notes, *describe_skipped(data.skipped)]:
         print(line)
     _print_lengths(rows["train"].lengths)
     findings = find_faults(splits, counts, config)
@@ -101,7 +113,7 @@ def inspect(arguments: list[str]) -> int:
             )
             check_answers(counts[name], config, where)
             if name == "train":
-                print(_describe_batches(trained, config, options))
+                print(_describe_batches(trained, config, options, data.counts))
     except InputError as error:
         findings.append(f"fit refuses this: {error}")
     for finding in findings:
@@ -123,6 +135,7 @@ def _parse(arguments: list[str]) -> tuple[DataConfig, Any]:
     parser.add_argument("-c", "--config", help="YAML file; several compose, as for fit")
     parser.add_argument("--entries", help="show these entries, e.g. 0,5, instead of the counts")
     parser.add_argument("--show", type=int, default=0, help="show the first N entries instead")
+    parser.add_argument("--html", help="write these, or the first 20, token by token into a page")
     parser.add_argument(
         "--split", type=Literal["train", "test", "val"], default="train", help="what to show of"
     )
@@ -169,7 +182,8 @@ def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Spl
     style = config.style()
     header = "in the prompt" if config.header_in_prompt else "written by the model"
     loss = "the answer" if config.mask_prompt else "prompt and answer"
-    print(f"{config.path}\nprompt style {style.name}, header {header}, loss on {loss}\n")
+    paths = ", ".join(source.path for source in config.sources())
+    print(f"{paths}\nprompt style {style.name}, header {header}, loss on {loss}\n")
     leaks, headers = find_leaks(splits), find_headers(style)
     entries = splits._asdict()
     is_cut, is_dropped = config.overlong == "truncate", config.overlong == "drop"
@@ -207,32 +221,36 @@ def _print_lengths(lengths: npt.NDArray[np.int64]) -> None:
         print(f"{begin:>6}-{begin + width - 1:<6}{number:>8,}  {bar}".rstrip())
 
 
-def _describe_batches(rows: TokenRows, config: DataConfig, options: Any) -> str:
+def _describe_batches(
+    rows: TokenRows, config: DataConfig, options: Any, counts: Sequence[int]
+) -> str:
     """Steps and padding of the first epoch.
+
+    Args:
+        counts: Training entries of each file of a mixture.
 
     Raises:
         InputError: The rows do not fill one batch.
     """
     trainer, devices = options.trainer, count_devices(options.trainer.devices)
-    order = BatchOrder(
-        rows.lengths,
-        batch_size=config.batch_size,
-        seed=int(options.seed_everything),
-        world_size=devices,
-        drop_last=config.drop_last,
-        group_by_length=config.group_by_length,
-    )
+    stretches = plan_mixture(rows, config, counts)
+    order = make_order(rows, config, int(options.seed_everything), devices, stretches)
     size = config.batch_size * devices
+    what = f"of {size}" if config.max_tokens is None else f"of at most {config.max_tokens} tokens"
     batches = limit_batches(len(order), trainer.limit_train_batches)
     accumulate = trainer.accumulate_grad_batches
     steps = count_run_steps(batches, accumulate, trainer.max_epochs, trainer.max_steps)
     lines = [
-        f"\nbatches of {size}: {batches} an epoch, {count_epoch_steps(batches, accumulate)} "
+        f"\nbatches {what}: {batches} an epoch, {count_epoch_steps(batches, accumulate)} "
         f"optimizer steps an epoch"
         + (f", {steps} in {_describe_end(trainer)}" if steps is not None else "")
     ]
-    if config.drop_last and (left_out := len(rows) % size):
+    left_out = order.num_rows % size if isinstance(order, BatchOrder) else 0
+    if config.drop_last and left_out:
         lines.append(f"drop_last leaves out {left_out} rows of each epoch, others each time")
+    if config.mixture:
+        lengths = rows.lengths.clip(max=config.max_length)
+        lines += describe_mixture(config.sources(), stretches, lengths)
     # Each device pads its own share of a batch.
     parts = [
         [list(map(int, rows[place].ids[: config.max_length])) for place in row_places(share)]

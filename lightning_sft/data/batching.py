@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lightning_sft.data.loader import Batch
-from lightning_sft.data.rows import Row
+from lightning_sft.data.rows import Row, Span
 from lightning_sft.data.tokenizer import END_OF_TEXT
 
 IGNORE_INDEX = -100  # a target of this value has no loss; torch's own default
@@ -47,23 +47,31 @@ def collate(
         mask_prompt: No loss for the prompt's own tokens (figure 7.13).
 
     Returns:
-        `input_ids` and `targets`, both (B, T) int64.
+        `input_ids` and `targets`, both (B, T) int64; and `weights`, (B, T) float32, what each
+        target counts, where some count other than 1.
     """
-    sequences = _sequences(rows, eos_token_id, max_length)
-    longest = max(len(ids) for ids, _, _ in sequences) - 1  # the last token is a target only
+    sequences = _sequences(rows, eos_token_id, max_length, mask_prompt)
+    longest = max(len(ids) for ids, _ in sequences) - 1  # the last token is a target only
     # Figure 7.8: every row as long as the longest of its own batch, not of the whole data set.
     input_ids = torch.full((len(rows), longest), pad_token_id)  # (B, T)
     targets = torch.full((len(rows), longest), ignore_index)  # (B, T)
-    for place, (ids, prompt_length, is_repeat) in enumerate(sequences):
+    weights = None
+    if any(span.weight != 1.0 for _, spans in sequences for span in spans):
+        weights = torch.zeros(targets.shape)  # (B, T)
+    for place, (ids, spans) in enumerate(sequences):
         row = torch.as_tensor(ids)
         # Figure 7.10: the target of each token is the one behind it. What stays unwritten in
         # `targets` is padding, which figure 7.12 sets to -100 but for the first end-of-text.
         input_ids[place, : len(ids) - 1] = row[:-1]
-        if not is_repeat:
-            # The prompt's last token predicts the first of the answer, so it keeps its target.
-            first = max(prompt_length - 1, 0) if mask_prompt else 0
-            targets[place, first : len(ids) - 1] = row[first + 1 :]
-    return {"input_ids": input_ids, "targets": targets}
+        for span in spans:
+            # A prompt's last token predicts the first of the answer, so it keeps its target; a
+            # row's first token is predicted from nothing.
+            first, end = max(span.start, 1), min(span.end, len(ids))
+            targets[place, first - 1 : max(end, first) - 1] = row[first:end]
+            if weights is not None:
+                weights[place, first - 1 : max(end, first) - 1] = span.weight
+    batch = {"input_ids": input_ids, "targets": targets}
+    return batch if weights is None else batch | {"weights": weights}
 
 
 def pack(
@@ -82,9 +90,10 @@ def pack(
     state depends on its path alone, so one copy serves all rows exactly, whatever they share.
 
     Returns:
-        `input_ids` (N,) int64 and `targets` (B, T) as in `collate`, and the layout that `GPTModel`
-        takes, all int64: `positions` (N,), each token's place in its row; `gather` (B, T), where
-        each row's tokens are among the N; `scatter` (N,), one place of each of the N in (B, T).
+        `input_ids` (N,) int64, `targets` (B, T) and perhaps `weights` as in `collate`, and the
+        layout that `GPTModel` takes, all int64: `positions` (N,), each token's place in its row;
+        `gather` (B, T), where each row's tokens are among the N; `scatter` (N,), one place of each
+        of the N in (B, T).
     """
     padded = collate(
         rows,
@@ -93,8 +102,9 @@ def pack(
         max_length=max_length,
         mask_prompt=mask_prompt,
     )
-    inputs = [ids[:-1] for ids, _, _ in _sequences(rows, eos_token_id, max_length)]
-    return {"targets": padded["targets"], **lay_out(inputs, share_prefix=share_prefix)}
+    inputs = [ids[:-1] for ids, _ in _sequences(rows, eos_token_id, max_length, mask_prompt)]
+    del padded["input_ids"]
+    return padded | lay_out(inputs, share_prefix=share_prefix)
 
 
 def lay_out(rows: Sequence[Sequence[int]], *, share_prefix: bool) -> dict[str, torch.Tensor]:
@@ -131,16 +141,20 @@ def lay_out(rows: Sequence[Sequence[int]], *, share_prefix: bool) -> dict[str, t
 
 
 def _sequences(
-    rows: Sequence[Row | Sequence[int]], eos_token_id: int, max_length: int | None
-) -> list[tuple[list[int], int, bool]]:
-    """(ids with end-of-text, prompt length, whether the row only fills up) of every row."""
+    rows: Sequence[Row | Sequence[int]],
+    eos_token_id: int,
+    max_length: int | None,
+    mask_prompt: bool,
+) -> list[tuple[list[int], Sequence[Span]]]:
+    """Ids with end-of-text, and where their loss is, of every row."""
     sequences = []
     for row in rows:
         row = row if isinstance(row, Row) else Row(row)
         ids = [*map(int, row.ids), eos_token_id]
         if max_length is not None:
             ids = ids[: max_length + 1]  # the last input still has its target
-        sequences.append((ids, row.prompt_length, row.index < 0))  # repeats even out the ranks
+        # Repeats, which only even out the ranks, have none.
+        sequences.append((ids, () if row.index < 0 else row.loss_spans(mask_prompt)))
     return sequences
 
 

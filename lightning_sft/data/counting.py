@@ -13,6 +13,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,8 @@ from lightning_sft.data.tokenizer import Tokenizer
 class SplitCounts(NamedTuple):
     """What training takes of one split; arrays hold the entries' places in it.
 
-    entries: All entries, those that `overlong: drop` leaves out included.
+    entries: All rows, those that `overlong: drop` leaves out included; one for each entry, but
+        for conversations of which each answer is a row.
     tokens, supervised: Input tokens and targets of an epoch, padding not counted.
     longest: Tokens of the longest row, before any cut.
     overlong: Entries of more than `max_length` tokens.
@@ -57,14 +59,16 @@ def count_split(
     """
     targets = rows.count_targets(config.max_length, config.mask_prompt)
     # A row of n tokens has n inputs and, thanks to the end-of-text behind it, n targets.
-    too_long = rows.lengths > config.max_length
+    too_long = rows.lengths > config.max_length  # (rows,)
     is_used = ~too_long if config.overlong == "drop" else np.ones(len(rows), bool)
     # A header that the model writes itself stands between the prompt and the answer proper.
     header = (
         0 if style.header_in_prompt else len(encode_pieces([Template(style.header)], tokenizer))
     )
     # The last target of a cut row is the token in place `max_length`, counted from 0.
-    answerless = is_used & too_long & (rows.prompt_lengths + header > config.max_length)
+    is_unanswered = rows.prompt_lengths + header > config.max_length
+    # Of a conversation that is cut the first answers are left, or their loss is.
+    answerless = is_used & too_long & np.where(rows.is_plain, is_unanswered, targets <= 0)
     return SplitCounts(
         entries=len(rows),
         tokens=int(rows.lengths[is_used].clip(max=config.max_length).sum()),
@@ -88,6 +92,31 @@ def check_answers(counts: SplitCounts, config: DataConfig, where: str) -> None:
             f"{where}: {len(counts.answerless)} of {used} entries are cut to max_length "
             f"{config.max_length} before their answer begins, so training would teach no "
             "answers; raise data.max_length or set data.overlong to drop"
+        )
+
+
+def check_masks(rows: TokenRows, config: DataConfig, style: PromptStyle, where: str) -> None:
+    """Refuse a split of which nothing carries loss, or everything where something should not.
+
+    Args:
+        rows: All rows of the split, before `fit_to_length`.
+
+    Raises:
+        InputError: Names the style, which is where to look first.
+    """
+    if not config.mask_prompt:
+        return
+    targets = rows.count_targets(sys.maxsize, config.mask_prompt)
+    if (targets <= 0).all():
+        raise InputError(
+            f"{where}: nothing carries loss with prompt_style {style.name} and data.train_on "
+            f"{config.train_on!r}; see what the messages' own train and weight say"
+        )
+    if (targets >= rows.lengths).all():
+        raise InputError(
+            f"{where}: everything carries loss with prompt_style {style.name} and data.train_on "
+            f"{config.train_on!r}, although data.mask_prompt is true; set it to false if that is "
+            "meant"
         )
 
 

@@ -10,15 +10,26 @@ same three loaders.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import lightning as L
+import numpy as np
+import numpy.typing as npt
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import BatchMaker, collate_prompts
 from lightning_sft.data.config import DataConfig, DataSet, describe_skipped
-from lightning_sft.data.counting import SplitCounts, check_answers, count_split, describe_training
-from lightning_sft.data.entries import Entry, Splits, local_path
+from lightning_sft.data.conversation import Example
+from lightning_sft.data.conversation_rows import tokenize_questions
+from lightning_sft.data.counting import (
+    SplitCounts,
+    check_answers,
+    check_masks,
+    count_split,
+    describe_training,
+)
+from lightning_sft.data.entries import Splits, local_path
 from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.loader import (
     Batch,
@@ -27,9 +38,13 @@ from lightning_sft.data.loader import (
     accumulation_plan,
     check_workers,
 )
-from lightning_sft.data.order import epoch_order
+from lightning_sft.data.mixture import describe_mixture
+from lightning_sft.data.order import BatchOrder, Stretch, epoch_order
+from lightning_sft.data.ordering import make_order, plan_mixture
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.rows import TokenRows, fit_to_length
+from lightning_sft.data.template import bind_style
+from lightning_sft.data.token_budget import TokenBudgetOrder
 from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 
@@ -38,8 +53,8 @@ class InstructionDataModule(L.LightningDataModule):
     """Instruction data, split, tokenized and batched.
 
     Args:
-        path: JSON or JSONL file, URL, or the name of a file that the package ships. The chapter's
-            data by default.
+        path: JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk`, a URL, or the name
+            of a file that the package ships. The chapter's data by default.
         batch_size: Rows a micro-batch on one device.
         seed: Orders the epochs.
         predict_batch_size: Prompts answered side by side.
@@ -65,7 +80,7 @@ class InstructionDataModule(L.LightningDataModule):
         # Lightning's BatchSizeFinder sets this one.
         self.batch_size = self.config.batch_size
         self.seed, self.predict_batch_size = seed, predict_batch_size
-        self.style: PromptStyle = self.config.style()
+        self._style: PromptStyle = self.config.style()
         # Another model family's is taken from the trainer's module, or set here by hand before
         # the first loader is made.
         self.tokenizer: Tokenizer = gpt2_tokenizer()
@@ -75,6 +90,11 @@ class InstructionDataModule(L.LightningDataModule):
         # Splits are tokenized when first asked for: `test` in a run that only trains, never.
         self._rows: dict[str, TokenRows] = {}
         self._counts: dict[str, SplitCounts] = {}
+
+    @property
+    def style(self) -> PromptStyle:
+        """How entries are laid out; a model's own template is its tokenizer's."""
+        return bind_style(self._style, self.tokenizer)
 
     @property
     def make_batch(self) -> BatchMaker:
@@ -99,6 +119,8 @@ class InstructionDataModule(L.LightningDataModule):
             "max_length": self.config.max_length,
             "drop_last": self.config.drop_last,
             "group_by_length": self.config.group_by_length,
+            "max_tokens": self.config.max_tokens,
+            "mixture": [list(stretch) for stretch in self._stretches()],
             "devices": trainer.world_size if trainer else 1,
             "accumulate_grad_batches": _accumulation(trainer) if trainer else 1,
         }
@@ -140,12 +162,15 @@ class InstructionDataModule(L.LightningDataModule):
         self._adopt_tokenizer()
         if self._data is None:
             self._data = self.config.read(require_output=stage != "predict")
-            self._say(*describe_skipped(self._data.skipped))
+            self._say(*self._data.notes, *describe_skipped(self._data.skipped))
         if stage is not None:
             self._opens_fit = stage == "fit"
         if stage == "fit":
             counts = self.count("train"), self.count("val")
             self._say(*describe_training(*counts, len(self.split("test")), self.config))
+            if self.config.mixture:
+                lengths = self._clipped_lengths()
+                self._say(*describe_mixture(self.config.sources(), self._stretches(), lengths))
 
     def _adopt_tokenizer(self) -> None:
         """The one that came with the model's weights, unless rows are made or one was set."""
@@ -162,7 +187,7 @@ class InstructionDataModule(L.LightningDataModule):
         assert self._data is not None
         return self._data.splits
 
-    def split(self, name: str) -> list[Entry]:
+    def split(self, name: str) -> list[Example]:
         """The entries of `train`, `val` or `test`."""
         return getattr(self.entries, name)
 
@@ -174,7 +199,12 @@ class InstructionDataModule(L.LightningDataModule):
         """
         if split not in self._rows:
             where, config = f"{split} split", self.config
-            rows = tokenize_entries(self.split(split), self.style, self.tokenizer)
+            examples = self.split(split)
+            try:
+                rows = tokenize_entries(examples, self.style, self.tokenizer, config.masking())
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            check_masks(rows, config, self.style, where)
             self._rows[split] = fit_to_length(
                 rows,
                 max_length=config.max_length,
@@ -202,17 +232,28 @@ class InstructionDataModule(L.LightningDataModule):
         loader = TrainLoader(
             rows,
             self.make_batch,
-            num_targets=rows.count_targets(config.max_length, config.mask_prompt),
-            num_tokens=rows.lengths.clip(max=config.max_length),
-            lengths=rows.lengths,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            drop_last=config.drop_last,
-            group_by_length=config.group_by_length,
+            num_targets=rows.sum_weights(config.max_length, config.mask_prompt),
+            num_tokens=self._clipped_lengths(),
+            order=self.order(self.batch_size),
             num_workers=config.num_workers,
             **self._device_settings(),
         )
         return loader.follow(self.trainer) if self.trainer else loader
+
+    def order(self, batch_size: int, world_size: int = 1) -> BatchOrder | TokenBudgetOrder:
+        """The order of training, of that many rows a batch if `max_tokens` does not say so."""
+        config = dataclasses.replace(self.config, batch_size=batch_size)
+        return make_order(self.rows("train"), config, self.seed, world_size, self._stretches())
+
+    def _stretches(self) -> tuple[Stretch, ...]:
+        """How often an epoch takes the rows of each file of a mixture."""
+        rows = self.rows("train")
+        assert self._data is not None
+        return plan_mixture(rows, self.config, self._data.counts)
+
+    def _clipped_lengths(self) -> npt.NDArray[np.int64]:
+        """(rows,) tokens of each training row as it is computed."""
+        return self.rows("train").lengths.clip(max=self.config.max_length)
 
     def val_dataloader(self) -> EvalLoader:
         """The validation split in file order, every row once."""
@@ -224,7 +265,7 @@ class InstructionDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> EvalLoader:
         """Prompts of the split to answer, those of like length together."""
-        rows = tokenize_entries(self.split(self.config.predict_split), self.style, self.tokenizer)
+        rows = tokenize_questions(self.split(self.config.predict_split), self.style, self.tokenizer)
         # A loader must not be empty: where all is answered, one entry is answered again.
         wanted = [int(i) for i in rows.indices if int(i) not in self.answered] or [0]
         # Rows of like length finish together; the response writer restores the file's order.

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterable
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.entries import Entry
-from lightning_sft.data.prompts import PromptStyle, Template
+from lightning_sft.data.conversation import Conversation, Entry, Example, as_conversation
+from lightning_sft.data.prompts import Break, PromptStyle, Template
+from lightning_sft.data.segments import Segment, render_question
 from lightning_sft.data.tokenizer import Tokenizer
 
 
@@ -26,6 +27,9 @@ def encode_pieces(pieces: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     ids: list[int] = []
     text = ""
     for piece in pieces:
+        if isinstance(piece, Break):
+            ids, text = ids + tokenizer.encode(text), ""
+            continue
         is_template = isinstance(piece, Template) and special
         parts = re.split(f"({names})", piece) if is_template else [piece]
         for place, part in enumerate(parts):
@@ -43,9 +47,20 @@ def encode_question(pieces: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     return [*([] if begin is None else [begin]), *encode_pieces(pieces, tokenizer)]
 
 
-def encode_prompt(entry: Entry, style: PromptStyle, tokenizer: Tokenizer) -> list[int]:
-    """What the model is given to answer `entry`."""
-    return encode_question(style.pieces(entry)[0], tokenizer)
+def encode_segments(segments: Iterable[Segment], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of each segment, encoded apart; the first is what a row begins with."""
+    return [
+        (encode_pieces if place else encode_question)(segment.pieces, tokenizer)
+        for place, segment in enumerate(segments)
+    ]
+
+
+def encode_prompt(example: Example, style: PromptStyle, tokenizer: Tokenizer) -> list[int]:
+    """What the model is given to answer an entry, or the last question of a conversation."""
+    if isinstance(example, Conversation) or style.template:
+        segments = render_question(as_conversation(example), style)
+        return [token for ids in encode_segments(segments, tokenizer) for token in ids]
+    return encode_question(style.pieces(example)[0], tokenizer)
 
 
 def encode_response(entry: Entry, style: PromptStyle, tokenizer: Tokenizer) -> list[int]:

@@ -1,4 +1,4 @@
-"""Records → `Entry` objects, and the three splits of them.
+"""Files → `Entry` and `Conversation` objects, and the three splits of them.
 
 An entry is one instruction-response pair of the chapter's file: `instruction`, an optional `input`
 and the wanted `output`. Whatever is wrong with a record is said in one line that names the file,
@@ -14,21 +14,27 @@ This module does not import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from lightning_sft.common.arguments import nearest
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.conversation import Entry, Example, as_entry
+from lightning_sft.data.formats import (
+    FORMATS,
+    check_input_name,
+    describe_format,
+    recognise,
+    settle_names,
+)
 from lightning_sft.data.records import (
     BOOK_DATA_URL,
     KNOWN_SHA256,
     is_url,
     local_path,
     read_records,
-    type_name,
 )
+from lightning_sft.data.shapes import is_answered, shape
 
 __all__ = [
     "BOOK_DATA_URL",
@@ -44,30 +50,19 @@ __all__ = [
     "split_entries",
 ]
 
-FIELDS = ("instruction", "input", "output")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One instruction-response pair. `input` may be empty; the other two say something."""
-
-    instruction: str
-    input: str
-    output: str
-
 
 class Splits(NamedTuple):
     """The three parts of a data set, each in file order."""
 
-    train: list[Entry]
-    test: list[Entry]
-    val: list[Entry]
+    train: list[Example]
+    test: list[Example]
+    val: list[Example]
 
 
 class EntryFile(NamedTuple):
     """What one file holds: its entries, and the places in the file of those left out."""
 
-    entries: list[Entry]
+    entries: list[Example]
     skipped: list[int]
 
 
@@ -77,7 +72,7 @@ def read_entries(
     field_names: Mapping[str, str] | None = None,
     require_output: bool = True,
 ) -> list[Entry]:
-    """Read instruction data from JSON (a list of objects) or JSONL (an object per line).
+    """Read instruction data from a file or table whose records are entries.
 
     Args:
         path: A file, or an http(s) URL that is downloaded once into the cache.
@@ -90,7 +85,8 @@ def read_entries(
         ServiceError: The URL could not be fetched.
     """
     empty_output: Literal["error", "keep"] = "error" if require_output else "keep"
-    return read_entry_file(path, field_names=field_names, empty_output=empty_output).entries
+    read = read_entry_file(path, field_names=field_names, empty_output=empty_output)
+    return [as_entry(entry) for entry in read.entries]
 
 
 def read_entry_file(
@@ -98,42 +94,70 @@ def read_entry_file(
     *,
     field_names: Mapping[str, str] | None = None,
     empty_output: Literal["error", "skip", "keep"] = "error",
+    format: str = "instruction",
+    say: Callable[[str], None] | None = None,
 ) -> EntryFile:
-    """`read_entries`, with a choice of what becomes of entries whose output is empty.
+    """`read_entries` for any format, with a choice of what becomes of entries without an answer.
 
     Args:
         empty_output: Refuse them, leave them out and say where they were, or keep them; only with
             `keep` may a record lack the field altogether.
+        format: One of `FORMATS`; with auto the records say it.
+        say: Told in one line what the file was taken for, where that is not plain instruction data.
 
     Raises:
-        InputError: As `read_entries`; also where every entry was left out.
+        InputError: As `read_entries`; also where every entry was left out, or the file holds
+            preferences.
     """
-    names = _field_names(field_names)
+    if format not in FORMATS:
+        raise InputError(f"data.format: unknown {format!r}; allowed: {', '.join(FORMATS)}")
+    # Names that no format has are refused before anything is fetched.
+    if format == "instruction":
+        settle_names(format, (), field_names)
     source = local_path(path)
     records = read_records(source)
-    _check_input_name(records, names["input"], source)
+    is_told = format != "auto"
+    format = format if is_told else recognise(records, field_names)
+    if format == "preference":
+        raise InputError(
+            f"{source}: holds preferences (chosen and rejected), which supervised fine-tuning does "
+            "not learn from; data.format: instruction takes the instruction, input and output"
+        )
+    names = settle_names(format, records, field_names)
+    if "input" in names:
+        check_input_name(records, names["input"], source)
+    if say is not None and (format != "instruction" or source.suffix not in (".json", ".jsonl")):
+        say(describe_format(source, len(records), format, is_told))
     # Entries are numbered by their place in the file, those that are left out included.
-    entries: list[Entry] = []
+    entries: list[Example] = []
     skipped: list[int] = []
     for index, record in enumerate(records):
         where = f"{source}: entry {index}"
-        entry = _entry(record, names, where, may_lack_output=empty_output == "keep")
-        if entry.output.strip() or empty_output == "keep":
+        entry = shape(record, format, names, where, may_lack_answer=empty_output == "keep")
+        if is_answered(entry) or empty_output == "keep":
             entries.append(entry)
         elif empty_output == "skip":
             skipped.append(index)
         else:
             raise InputError(
-                f"{where}: {names['output']!r} is blank; training needs an answer "
+                f"{where}: {_lack(format, names)}; training needs an answer "
                 "(data.empty_output: skip leaves such entries out)"
             )
     if not entries:
-        raise InputError(f"{source}: the {names['output']!r} of every entry is blank")
+        raise InputError(f"{source}: {_lack(format, names, every=True)}")
     return EntryFile(entries, skipped)
 
 
+def _lack(format: str, names: Mapping[str, str], *, every: bool = False) -> str:
+    """What is missing of an entry without an answer, or of every entry."""
+    key = {"instruction": "output", "prompt_completion": "completion"}.get(format)
+    if key is None:
+        return "no entry has an assistant's message" if every else "has no assistant's message"
+    return f"the {names[key]!r} of every entry is blank" if every else f"{names[key]!r} is blank"
+
+
 def split_entries(
-    entries: Sequence[Entry],
+    entries: Sequence[Example],
     fractions: Sequence[float] = (0.85, 0.10, 0.05),
     may_be_empty: Collection[str] = (),
 ) -> Splits:
@@ -169,60 +193,3 @@ def split_entries(
                 "empty; give more entries or other fractions"
             )
     return splits
-
-
-def _field_names(field_names: Mapping[str, str] | None) -> dict[str, str]:
-    """The file's name of each of the three fields."""
-    names = dict(zip(FIELDS, FIELDS, strict=True))
-    for field, name in (field_names or {}).items():
-        if field not in names:  # as {context: input}, the wrong way round
-            raise InputError(f"field_names: unknown field {field!r}; allowed: {', '.join(FIELDS)}")
-        names[field] = name
-    return names
-
-
-def _check_input_name(records: list[Any], name: str, source: Path) -> None:
-    """A record may lack its input, so a misspelt name for it would empty all inputs silently."""
-    objects = [record for record in records if isinstance(record, dict)]
-    if name == "input" or not objects or any(name in record for record in objects):
-        return
-    keys = list(objects[0])
-    raise InputError(
-        f"{source}: data.field_names calls the input {name!r}, which no entry has"
-        f"{nearest(name, keys)}; entry 0 has {', '.join(map(repr, keys[:6])) or 'no keys'}"
-    )
-
-
-def _entry(record: Any, names: dict[str, str], where: str, may_lack_output: bool) -> Entry:
-    """One record, checked but for an empty output."""
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: is a {type_name(record)}; it must be an object")
-    instruction = _text(record, names["instruction"], where)
-    if not instruction.strip():
-        raise InputError(f"{where}: {names['instruction']!r} is blank; it must hold text")
-    lacks_output = may_lack_output and names["output"] not in record
-    return Entry(
-        instruction,
-        input=_text(record, names["input"], where) if names["input"] in record else "",
-        output="" if lacks_output else _text(record, names["output"], where),
-    )
-
-
-def _text(record: dict[str, Any], key: str, where: str) -> str:
-    if key not in record:
-        present = ", ".join(repr(name) for name in list(record)[:6]) or "no keys"
-        raise InputError(
-            f"{where}: {key!r} is missing (it has {present}); data.field_names maps other names"
-        )
-    value = record[key]
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {key!r} is a {type_name(value)}; it must be text")
-    try:
-        # JSON can spell half a character, as in "\ud800"; no tokenizer or file can hold it.
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: {key!r} has a lone surrogate at character {error.start}, which no UTF-8 "
-            "text can hold"
-        ) from None
-    return value

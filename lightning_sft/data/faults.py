@@ -20,12 +20,13 @@ from pathlib import Path
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.config import DataConfig, listed
+from lightning_sft.data.conversation import Example
 from lightning_sft.data.counting import SplitCounts
-from lightning_sft.data.entries import Entry, Splits
+from lightning_sft.data.entries import Splits
 from lightning_sft.data.prompts import STYLES, PromptStyle
 
 
-def find_repeats(entries: Sequence[Entry]) -> list[int]:
+def find_repeats(entries: Sequence[Example]) -> list[int]:
     """Places of entries whose instruction and input an earlier entry has as well."""
     # Not the output: two answers to one question are still one question, asked twice.
     seen: set[tuple[str, str]] = set()
@@ -37,7 +38,7 @@ def find_repeats(entries: Sequence[Entry]) -> list[int]:
     return repeats
 
 
-def find_header_texts(entries: Sequence[Entry], headers: Collection[str]) -> list[int]:
+def find_header_texts(entries: Sequence[Example], headers: Collection[str]) -> list[int]:
     """Places of entries that hold a text with a meaning in prompts, which blurs their own."""
     return [
         place
@@ -152,9 +153,9 @@ def write_clean(folder: Path, splits: Splits) -> None:
     )
 
 
-def _prompt(entry: Entry) -> tuple[str, str]:
+def _prompt(entry: Example) -> tuple[str, str]:
     return entry.instruction, entry.input
 
 
-def _texts(entry: Entry) -> tuple[str, str, str]:
+def _texts(entry: Example) -> tuple[str, str, str]:
     return entry.instruction, entry.input, entry.output

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.order import BatchOrder, MicroBatch, deal, sum_batches, sum_steps
 from lightning_sft.data.rows import Row
+from lightning_sft.data.token_budget import TokenBudgetOrder
 
 Batch = dict[str, Any]
 WORKERS_PER_CPU = 8  # more help nobody, and each takes memory
@@ -47,7 +48,10 @@ class TrainLoader:
     Args:
         rows: The training split.
         collate: Rows → batch.
-        num_targets, num_tokens: (rows,) supervised tokens and input tokens of each row.
+        num_targets, num_tokens: (rows,) supervised tokens of each row, or their weights added up,
+            and input tokens.
+        order: Which rows come when, on however many ranks; by default as the settings that follow
+            say.
         lengths: (rows,) what `group_by_length` sorts by; `num_tokens` by default.
         batch_size, seed, world_size, drop_last, group_by_length: As in `BatchOrder`.
         current_epoch: Asked at the start of each pass.
@@ -63,9 +67,10 @@ class TrainLoader:
         *,
         num_targets: np.ndarray,
         num_tokens: np.ndarray,
+        order: BatchOrder | TokenBudgetOrder | None = None,
         lengths: np.ndarray | None = None,
-        batch_size: int,
-        seed: int,
+        batch_size: int = 1,
+        seed: int = 0,
         current_epoch: Callable[[], int] = lambda: 0,
         rank: int = 0,
         world_size: int = 1,
@@ -82,7 +87,9 @@ class TrainLoader:
         check_workers(num_workers)
         self.rows, self.collate = rows, collate
         self.num_targets, self.num_tokens = num_targets, num_tokens
-        self.order = BatchOrder(
+        if order is not None:
+            order = dataclasses.replace(order, world_size=world_size)
+        self.order = order or BatchOrder(
             num_tokens if lengths is None else lengths,
             batch_size=batch_size,
             seed=seed,
@@ -156,7 +163,8 @@ class TrainLoader:
         return sum_batches(self.num_tokens, plan)
 
     def count_step_targets(self, plan: list[MicroBatch]) -> list[int]:
-        """Supervised tokens of the optimizer step that each micro-batch belongs to."""
+        """Supervised tokens of the optimizer step that each micro-batch belongs to; where rows
+        have weights, the sum of these."""
         size = self.trainer.accumulate_grad_batches if self.trainer else self.accumulate
         return sum_steps(sum_batches(self.num_targets, plan), size)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,19 @@ MicroBatch = list[list[int]]
 GROUPED_BATCHES = 50  # batches that `group_by_length` sorts among themselves
 
 
+class Stretch(NamedTuple):
+    """Rows `begin` to `end - 1`, each of which an epoch takes so many times, on average."""
+
+    begin: int
+    end: int
+    times: float
+
+    @property
+    def num_taken(self) -> int:
+        """Rows of an epoch that are taken from here."""
+        return round(self.times * (self.end - self.begin))
+
+
 @dataclass(frozen=True)
 class BatchOrder:
     """The micro-batches of every epoch, as a function of seed and epoch alone.
@@ -43,6 +57,7 @@ class BatchOrder:
             `[k·R·B, (k+1)·R·B)` of the order; ranks take consecutive slices of it.
         drop_last: Leave out the last micro-batch if it is not full, as the chapter does.
         group_by_length: Rows of like length share a batch.
+        stretches: How often an epoch takes which rows; every row once by default.
 
     Raises:
         InputError: The rows do not fill one micro-batch.
@@ -54,25 +69,34 @@ class BatchOrder:
     world_size: int = 1
     drop_last: bool = True
     group_by_length: bool = False
+    stretches: tuple[Stretch, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self):
-            rows, together = len(self.lengths), self.batch_size * self.world_size
+            rows, together = self.num_rows, self.batch_size * self.world_size
             raise InputError(
                 f"data.batch_size: {self.batch_size} on {self.world_size} device(s) needs at least "
                 f"{together} training entries, there are {rows}; give a smaller batch_size or set "
                 "data.drop_last to false"
             )
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return sum(s.num_taken for s in self.stretches) if self.stretches else len(self.lengths)
+
     def __len__(self) -> int:
         """Micro-batches of an epoch; the same number for every rank."""
         together = self.batch_size * self.world_size
-        rows = len(self.lengths)
+        rows = self.num_rows
         return rows // together if self.drop_last else -(-rows // together)
 
     def plan(self, epoch: int) -> list[MicroBatch]:
         """Places of the rows by micro-batch and rank. Ragged ends are filled with repeats."""
-        order = epoch_order(len(self.lengths), self.seed, epoch)
+        order = epoch_order(self.num_rows, self.seed, epoch)
+        if self.stretches:
+            mixed = mix_rows(self.stretches, self.seed, epoch)
+            order = [mixed[place] for place in order]
         together = self.batch_size * self.world_size
         batches = [order[k * together : (k + 1) * together] for k in range(len(self))]
         if self.group_by_length:
@@ -107,6 +131,23 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
     words = _twister(int(draws[-1]), max(num_rows - 1, 0)).astype(np.int64)
     places = np.arange(max(num_rows - 1, 0))
     return _exchange(num_rows, places + words % (num_rows - places))
+
+
+def mix_rows(stretches: Sequence[Stretch], seed: int, epoch: int) -> list[int]:
+    """The rows of an epoch, stretch by stretch, those taken more than once as often as that.
+
+    The rows of a stretch pass in one endless line, shuffled anew each time around. Each epoch takes
+    the next ones, so that after a few all have come equally often.
+    """
+    rows: list[int] = []
+    for number, stretch in enumerate(stretches, start=2):  # the seeds 0 and 1 on are batches'
+        count, taken = stretch.end - stretch.begin, stretch.num_taken
+        line: list[int] = []
+        while len(line) < taken:
+            around, place = divmod(epoch * taken + len(line), count)
+            line += epoch_order(count, seed + number, around)[place : place + taken - len(line)]
+        rows += [stretch.begin + row for row in line]
+    return rows
 
 
 def _exchange(num_rows: int, partners: npt.NDArray[np.int64]) -> list[int]:

@@ -29,11 +29,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.entries import Entry
+from lightning_sft.data.conversation import Entry
+
+TEMPLATE = "template"  # the style that is a model's own chat template
 
 
 class Template(str):
     """Text that a style puts around a user's. Only here does `<|im_end|>` name a special token."""
+
+
+class Break(str):
+    """Nothing, between two pieces that are not to be encoded as one text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,13 @@ class PromptStyle:
         input: Follows where the entry has an input; holds `{input}` once.
         header: Announces the answer.
         end: Closes the answer, before the end-of-text token.
+        system: Lays out a system message, holds `{system}` once; a style without it puts the
+            message in front of the first instruction, an empty line between.
+        tool: Lays out what a tool answered, as `instruction` does a question; holds `{tool}` once.
         header_in_prompt: Whether the user supplies the header (true) or the model writes it.
         name: How configs and messages call the style.
+        template: A chat template in Jinja that lays out whole conversations; the texts above then
+            only describe it. `template.py` has it filled in.
     """
 
     instruction: str
@@ -55,10 +66,14 @@ class PromptStyle:
     end: str = ""
     header_in_prompt: bool = True
     name: str = "custom"
+    system: str = ""
+    tool: str = ""
+    template: str = ""
 
     def __post_init__(self) -> None:
-        _check_template(self.name, "instruction", self.instruction)
-        _check_template(self.name, "input", self.input)
+        for field in ("instruction", "input", "system", "tool"):
+            if field in ("instruction", "input") or getattr(self, field):
+                _check_template(self.name, field, getattr(self, field))
         if not self.header:
             raise InputError(f"prompt_style {self.name}: header is empty; it must announce answers")
 
@@ -70,16 +85,34 @@ class PromptStyle:
 
     def pieces(self, entry: Entry) -> tuple[list[str], list[str]]:
         """`split`'s two texts in pieces, so that the style's own words are known from a user's."""
-        before, after = map(Template, self.instruction.split("{instruction}"))
-        question = [before, entry.instruction, after]
+        question = [*self.fill("instruction", entry.instruction)]
         if entry.input:  # figure 7.4: without one its heading is left out as well
-            before, after = map(Template, self.input.split("{input}"))
-            question += [before, entry.input, after]
+            question += self.fill("input", entry.input)
         answer, header = [entry.output, Template(self.end)], [Template(self.header)]
         # Whoever supplies the header decides where masking and generation begin.
         if self.header_in_prompt:
             return question + header, answer
         return question, header + answer
+
+    def fill(self, field: str, text: str) -> tuple[str, str, str]:
+        """A user's text in the middle of the template of that name, in pieces.
+
+        Raises:
+            InputError: The style has no such template.
+        """
+        template: str = getattr(self, field)
+        if not template:
+            raise InputError(
+                f"prompt_style {self.name}: has no place for a {field} message; give a style of "
+                f"your own with a template `{field}` that holds {{{field}}}"
+            )
+        before, after = template.split("{" + field + "}")
+        return Template(before), text, Template(after)
+
+    @property
+    def closes_answers(self) -> bool:
+        """Whether a mark of the style ends an answer, and not the end-of-text token alone."""
+        return bool(self.end.strip())
 
     @property
     def turn_end(self) -> str:
@@ -117,11 +150,17 @@ def get_style(
     """
     if isinstance(style, PromptStyle):
         return dataclasses.replace(style, header_in_prompt=header_in_prompt)
+    if (style == TEMPLATE or (isinstance(style, Mapping) and style.get("name") == TEMPLATE)) and (
+        not header_in_prompt
+    ):
+        raise InputError("header_in_prompt: must be true with prompt_style template")
+    if style == TEMPLATE:  # until the tokenizer is known that brings it
+        return PromptStyle("{instruction}", "\n\n{input}", "\n", name=TEMPLATE)
     if isinstance(style, str):
         if style not in STYLES:
             raise InputError(
-                f"prompt_style: unknown style {style!r}; allowed: {', '.join(STYLES)}, or a "
-                "mapping with instruction, input and header"
+                f"prompt_style: unknown style {style!r}; allowed: {', '.join(STYLES)}, {TEMPLATE}, "
+                "or a mapping with instruction, input and header"
             )
         return dataclasses.replace(STYLES[style], header_in_prompt=header_in_prompt)
     allowed = {field.name for field in dataclasses.fields(PromptStyle)} - {"header_in_prompt"}
@@ -133,7 +172,14 @@ def get_style(
     not_text = sorted(name for name, value in style.items() if not isinstance(value, str))
     if not_text:
         raise InputError(f"prompt_style: {not_text[0]!r} must be text")
-    return PromptStyle(**style, header_in_prompt=header_in_prompt)
+    made = PromptStyle(**style, header_in_prompt=header_in_prompt)
+    known = STYLES.get(made.name)
+    # Checkpoints of version 0.1.0 hold a shipped style's texts as far as it had them then.
+    if known is not None and not {"system", "tool"} & set(style):
+        known = dataclasses.replace(known, header_in_prompt=header_in_prompt)
+        if dataclasses.replace(known, system="", tool="") == made:
+            return known
+    return made
 
 
 def style_of_run(data: Mapping[str, Any]) -> str | dict[str, Any]:
@@ -192,15 +238,20 @@ STYLES = {
             input="\n{input}",
             header="<|im_end|>\n<|im_start|>assistant\n",
             end="<|im_end|>",
+            system="<|im_start|>system\n{system}<|im_end|>\n",
+            tool="<|im_start|>tool\n{tool}",
         ),
-        # Llama 3.2's and Qwen3's own templates, without a system message, and Qwen3's without
-        # thinking. A tokenizer that lacks their markers reads them as plain text.
+        # Llama 3.2's and Qwen3's own templates, without what they say of dates and tools, and
+        # Qwen3's without thinking, which its own drops from all but the last answer. A tokenizer
+        # that lacks their markers reads them as plain text.
         PromptStyle(
             name="llama3",
             instruction="<|start_header_id|>user<|end_header_id|>\n\n{instruction}",
             input="\n\n{input}",
             header="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
             end="<|eot_id|>",
+            system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+            tool="<|start_header_id|>ipython<|end_header_id|>\n\n{tool}",
         ),
         PromptStyle(
             name="qwen3",
@@ -208,6 +259,8 @@ STYLES = {
             input="\n{input}",
             header="<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
             end="<|im_end|>",
+            system="<|im_start|>system\n{system}<|im_end|>\n",
+            tool="<|im_start|>user\n<tool_response>\n{tool}\n</tool_response>",
         ),
     )
 }

@@ -1,7 +1,8 @@
 """Reading a data file: path or URL → the list of its records, whatever those are.
 
-JSON (a list of objects) and JSONL (one object a line) are told apart by their first character. What
-is wrong with a file is said in one line that names the file and the place in it.
+JSON (a list of objects) and JSONL (one object a line) are told apart by their first character,
+packed with gzip or zstd or not; tables are read by `tables.py`. What is wrong with a file is said
+in one line that names the file and the place in it.
 
     >>> read_records(local_path("instruction-data.json"))[0]["instruction"]
     'Evaluate the following phrase by transforming it into the spelling given.'
@@ -22,6 +23,8 @@ from typing import Any
 
 from lightning_sft.common import downloads, files
 from lightning_sft.common.errors import KEY_SHAPE, InputError
+from lightning_sft.data.compressed import content_suffix, read_content
+from lightning_sft.data.tables import is_saved_folder, is_table, read_table
 
 BOOK_DATA_URL = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/"
@@ -70,7 +73,7 @@ def local_path(path: str | Path) -> Path:
         return files.shipped_folder() / local
     if not exists:
         raise InputError(f"{local}: no such file; give a JSON or JSONL file, or a URL")
-    if not is_file:
+    if not is_file and not is_saved_folder(local):
         raise InputError(f"{local}: not a regular file; give a JSON or JSONL file, or a URL")
     return local
 
@@ -86,14 +89,16 @@ def _without_key(url: str) -> str:
 
 
 def read_records(path: Path) -> list[Any]:
-    """Parse a JSON or JSONL file into its list of records, not yet validated.
+    """Parse a file into its list of records, not yet validated.
 
-    Which of the two it is shows in the first character: a list opens with `[`.
+    Whether it is JSON or JSONL shows in the first character: a list opens with `[`.
 
     Raises:
         InputError: Empty, not UTF-8 (with offset), bad syntax (with line and column), a key twice
             in one object, or neither a list nor one object per line.
     """
+    if is_table(path):
+        return read_table(path)
     text = _read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a list of entries")
@@ -127,7 +132,7 @@ class _Objects:
 def _read_text(path: Path) -> str:
     try:
         # Some editors write a byte-order mark. The codec utf-8-sig would miscount offsets by it.
-        return files.read_bytes(path).decode("utf-8").removeprefix("\ufeff")
+        return read_content(path).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8"
@@ -170,7 +175,9 @@ def _parse_jsonl(text: str, path: Path, objects: _Objects) -> list[Any]:
                 f"{path}: line {number}: not usable as JSON ({_one_line(error)})"
             ) from None
     # A lone object is JSONL of one entry only where the name says JSONL.
-    if len(records) == 1 and not (isinstance(records[0], dict) and path.suffix == ".jsonl"):
+    if len(records) == 1 and not (
+        isinstance(records[0], dict) and content_suffix(path) == ".jsonl"
+    ):
         raise InputError(
             f"{path}: the top level is one {type_name(records[0])}; it must be a list of entries "
             "([{…}, …]) or one entry per line"

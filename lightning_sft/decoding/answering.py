@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.conversation import Entry, Example
 from lightning_sft.data.encoding import check_style, encode_prompt
-from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answer_text import AnswerText
@@ -49,15 +49,16 @@ class AnsweringModel:
     @overload
     def answer(self, instruction: str, input: str = "", **generation: Any) -> str: ...
     @overload
-    def answer(self, instruction: Sequence[str | Entry], **generation: Any) -> list[str]: ...
+    def answer(self, instruction: Sequence[str | Example], **generation: Any) -> list[str]: ...
 
     def answer(
-        self, instruction: str | Sequence[str | Entry], input: str = "", **generation: Any
+        self, instruction: str | Sequence[str | Example], input: str = "", **generation: Any
     ) -> str | list[str]:
         """Answer an instruction, or many side by side, which takes far less time than one by one.
 
         Args:
-            instruction: What to do; or a list of instructions, of entries where some have an input.
+            instruction: What to do; or a list of instructions, of entries where some have an input,
+                of conversations where some have more turns.
             input: What to do it with, for a single instruction.
             generation: Fields of `GenerationConfig`: max_new_tokens, temperature, top_k, top_p,
                 batch_size, seed.
@@ -98,7 +99,7 @@ class AnsweringModel:
                 if piece := text.finish() if known is None else text.add(known):
                     yield piece
 
-    def _encode(self, entry: str | Entry) -> list[int]:
+    def _encode(self, entry: str | Example) -> list[int]:
         entry = Entry(entry, "", "") if isinstance(entry, str) else entry
         return encode_prompt(entry, self.style, self.tokenizer)
 

@@ -18,6 +18,7 @@ from lightning_sft.data.counting import (
 )
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.order import BatchOrder, row_places
+from lightning_sft.data.token_budget import TokenBudgetOrder
 
 
 class Outlook:
@@ -50,18 +51,11 @@ class Outlook:
         self.by_size = self._sort_by_size(order)
         self.longest = self.shape(self.by_size[0])
 
-    def order(self, batch_size: int) -> BatchOrder:
+    def order(self, batch_size: int) -> BatchOrder | TokenBudgetOrder:
         """The run's batches, of another size if wanted."""
-        return BatchOrder(
-            self.rows.lengths,
-            batch_size=batch_size,
-            seed=self.data.seed,
-            world_size=self.devices,
-            drop_last=self.data.config.drop_last,
-            group_by_length=self.data.config.group_by_length,
-        )
+        return self.data.order(batch_size, self.devices)
 
-    def _sort_by_size(self, order: BatchOrder) -> list[list[int]]:
+    def _sort_by_size(self, order: BatchOrder | TokenBudgetOrder) -> list[list[int]]:
         """Each device's share of every batch of the run, the one of most padded tokens first."""
         parts = [
             row_places(part)

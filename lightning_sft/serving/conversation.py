@@ -1,4 +1,4 @@
-"""A conversation → the one prompt that a model trained on single questions is given.
+"""A client's conversation → the prompt that the model is given.
 
 This module does not import torch.
 """
@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sft.data.entries import Entry
-from lightning_sft.data.prompts import PromptStyle, Template
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.conversation import Conversation, Message
+from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.segments import ask, flatten, render_question
 from lightning_sft.serving.api_error import invalid
 
 
 def render(body: Mapping[str, Any], style: PromptStyle) -> tuple[str, ...]:
     """A conversation as the prompt that the model is given, in pieces as of `PromptStyle.pieces`.
 
-    The model was trained on single questions. The last message, a user's, is the instruction, and
-    the field `input` its input, laid out exactly as in training. A system (or developer) message
-    comes first and is put in front of the first instruction, an empty line between. Earlier
-    questions and answers stand before, each laid out as one training text, with an empty line
-    behind it (a line break for a style with a closing mark, as ChatML).
+    The last message, a user's, is the instruction, and the field `input` its input. All is laid
+    out exactly as conversations are in training: a system (or developer) message in the place that
+    the style has for it, or else in front of the first instruction, an empty line between; earlier
+    questions and answers before, with an empty line behind each (a line break for a style with a
+    closing mark, as ChatML).
 
     Raises:
         ApiError: The messages are not in that order, or not text.
@@ -41,14 +43,15 @@ def render(body: Mapping[str, Any], style: PromptStyle) -> tuple[str, ...]:
     given = body.get("input", "")
     if not isinstance(given, str):
         raise invalid("input", "must be a string")
-    texts = [text for _, text in turns]
-    if system:
-        texts[0] = f"{system}\n\n{texts[0]}"
-    pieces: list[str] = []
-    for question, answer in zip(texts[0:-1:2], texts[1::2], strict=True):
-        prompt, response = style.pieces(Entry(question, "", answer))
-        pieces += [*prompt, *response, Template(style.turn_end)]
-    return (*pieces, *style.pieces(Entry(texts[-1], given, ""))[0])
+    said = [Message("system", system)] if system else []
+    said += [Message(role, text) for role, text in turns[:-1]]
+    said.append(Message("user", turns[-1][1], input=given))
+    if not style.template:
+        return flatten(ask(said, style))
+    try:  # a model's own template may refuse messages
+        return flatten(render_question(Conversation(tuple(said)), style))
+    except InputError as error:
+        raise invalid("messages", str(error)) from None
 
 
 def _read_message(message: Any, place: int) -> tuple[str, str]:

@@ -36,8 +36,9 @@ def sum_cross_entropy(
     targets: torch.Tensor,
     places: torch.Tensor,
     adapter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy summed over all targets.
+    """Cross-entropy summed over all targets, each times its weight where they have one.
 
     Args:
         hidden: (M, D) the model's output before the head.
@@ -45,6 +46,7 @@ def sum_cross_entropy(
         targets: (K,) int64 wanted token ids.
         places: (K,) which hidden state predicts each target; any order, repeats welcome.
         adapter: Hidden states → (M, rank) and (V, rank), whose product is added to the logits.
+        weights: (K,) what each target counts; all 1 by default.
 
     Returns:
         A float32 scalar (float64 for float64 inputs). Differentiable in `hidden`, `weight` and what
@@ -59,7 +61,8 @@ def sum_cross_entropy(
         lefts, rights = [hidden, low], [weight, lora_b]
     factors = [*lefts, *rights]
     with_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-    return _SumCrossEntropy.apply(targets[order], places[order], with_grad, *factors)  # type: ignore[no-untyped-call]
+    ordered = None if weights is None else weights[order]
+    return _SumCrossEntropy.apply(targets[order], places[order], ordered, with_grad, *factors)  # type: ignore[no-untyped-call]
 
 
 class _SumCrossEntropy(torch.autograd.Function):
@@ -76,10 +79,11 @@ class _SumCrossEntropy(torch.autograd.Function):
         ctx: Any,
         targets: torch.Tensor,
         places: torch.Tensor,
+        weights: torch.Tensor | None,
         with_grad: bool,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        """`targets` (K,) and sorted `places` (K,); `factors` are all lefts, then all rights.
+        """`targets`, sorted `places` and `weights` (K,); `factors` are all lefts, then all rights.
 
         A left is (M, D) or (M, rank), its right (V, D) or (V, rank).
         """
@@ -94,7 +98,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         make = torch.empty_like if len(hidden) else torch.zeros_like  # nothing: no chunk fills it
         gradients = [
             make(factor) if with_grad and needed else None
-            for factor, needed in zip(factors, ctx.needs_input_grad[3:], strict=True)
+            for factor, needed in zip(factors, ctx.needs_input_grad[4:], strict=True)
         ]
         grad_lefts, grad_rights = gradients[:num_products], gradients[num_products:]
 
@@ -110,9 +114,10 @@ class _SumCrossEntropy(torch.autograd.Function):
                 places, torch.tensor([begin, begin + length], device=places.device)
             ).tolist()
             place, target = places[first:last] - begin, targets[first:last]
+            counted = None if weights is None else weights[first:last].to(exact)
             # (V, C), not (C, V): `W x^T` is a third faster on CPUs for a matrix as tall as W.
             logits = _sum_products(rights, chunks, buffer[: length * len(weight)])
-            loss += _turn_into_gradient(logits, target, place, with_grad)
+            loss += _turn_into_gradient(logits, target, place, counted, with_grad)
             if not with_grad:
                 continue
             grad_logits = logits.to(dtype)  # (V, C)
@@ -131,7 +136,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         gradients = ctx.gradients
         ctx.gradients = None  # in place below, so a second backward must not find them
         scaled = [None if grad is None else grad.mul_(grad_loss) for grad in gradients]
-        return None, None, None, *scaled
+        return None, None, None, None, *scaled
 
 
 def _even_chunk(num_positions: int, most: int) -> int:
@@ -141,24 +146,31 @@ def _even_chunk(num_positions: int, most: int) -> int:
 
 
 def _turn_into_gradient(
-    logits: torch.Tensor, target: torch.Tensor, place: torch.Tensor, with_grad: bool
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    place: torch.Tensor,
+    weight: torch.Tensor | None,
+    with_grad: bool,
 ) -> torch.Tensor:
     """The loss of a chunk's targets; its gradient takes the logits' place in memory.
 
     Args:
         logits: (V, C), overwritten.
         target, place: (k,) wanted ids, and at which of the C positions.
+        weight: (k,) what each counts; None where all count 1.
     """
     wanted = logits[target, place]
     # The largest is taken off first, so that no exp overflows; the softmax stays the same.
     largest = logits.amax(0)  # (C,)
     exp_sum = logits.sub_(largest).exp_().sum(0)  # in place all the way
-    loss = ((exp_sum.log() + largest)[place] - wanted).sum()
+    losses = (exp_sum.log() + largest)[place] - wanted  # (k,)
     if with_grad:
-        num_targets = torch.bincount(place, minlength=logits.shape[1])  # of each position
+        # Of each position: its targets, or their weights added up.
+        num_targets = torch.bincount(place, weight, minlength=logits.shape[1])
         logits.mul_(num_targets / exp_sum)
-        logits.index_put_((target, place), -torch.ones_like(wanted), accumulate=True)
-    return loss
+        taken = -torch.ones_like(wanted) if weight is None else -weight
+        logits.index_put_((target, place), taken, accumulate=True)
+    return losses.sum() if weight is None else (losses * weight).sum()
 
 
 def _sum_products(

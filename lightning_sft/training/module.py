@@ -31,6 +31,7 @@ from lightning_sft.data.batching import IGNORE_INDEX
 from lightning_sft.data.encoding import check_style
 from lightning_sft.data.loader import Batch, TrainLoader, accumulation_plan
 from lightning_sft.data.prompts import PromptStyle, get_style
+from lightning_sft.data.template import bind_style
 from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.generation import GenerationConfig, generate
 from lightning_sft.models.files import locate
@@ -119,8 +120,9 @@ class SFTModule(L.LightningModule):
             generation = GenerationConfig(**generation)
         self.generation = generation or GenerationConfig()
         self.config: Any = settle_config(architecture, weights)
-        self.style: PromptStyle = get_style(prompt_style, header_in_prompt)
         self.tokenizer: Tokenizer = self.find_tokenizer(tokenizer, weights)
+        style = get_style(prompt_style, header_in_prompt)
+        self.style: PromptStyle = bind_style(style, self.tokenizer)
         self.tokenizer_source = tokenizer or weights
         self.weights, self.seed = weights, seed
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -209,6 +211,8 @@ class SFTModule(L.LightningModule):
     def sum_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy summed over the supervised tokens of a batch, and their number.
 
+        Where the batch has weights: each token's times its weight, and the sum of the weights.
+
         Args:
             batch: Of `collate` or `pack`.
         """
@@ -225,14 +229,16 @@ class SFTModule(L.LightningModule):
             batch["input_ids"], layout=layout
         )  # (B, T, D) or (N, D)
         head = self.network.out_head
+        weights = batch["weights"][supervised] if "weights" in batch else None  # (K,)
         loss = sum_cross_entropy(
             hidden.flatten(0, -2),  # (M, D)
             head.weight,
             batch["targets"][supervised],
             places,
             head.factors if isinstance(head, LoRALinear) else None,
+            weights,
         )
-        return loss, supervised.sum()
+        return loss, supervised.sum() if weights is None else weights.sum(dtype=loss.dtype)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """None of its own; it is asked before any callback is set up, in time to refuse some."""
@@ -290,8 +296,10 @@ class SFTModule(L.LightningModule):
                 "divided by the tokens of all of them, which only the loader of an "
                 "InstructionDataModule knows ahead; give that, or set both to 1"
             )
-        supervised = (batch["targets"] != IGNORE_INDEX).sum()
-        counts = {"num_tokens": batch["input_ids"].numel(), "step_targets": int(supervised)}
+        supervised = (batch["targets"] != IGNORE_INDEX).sum().item()
+        if "weights" in batch:
+            supervised = batch["weights"].double().sum().item()
+        counts = {"num_tokens": batch["input_ids"].numel(), "step_targets": supervised}
         return {"index": torch.full((len(batch["targets"]),), -1)} | batch | counts
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -476,11 +484,12 @@ class TokenLoss(Metric):
         # MPS has no float64; elsewhere it keeps the sum of many batches exact.
         dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         self.add_state("loss_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
-        self.add_state("num_targets", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        # A sum of weights where targets have some; up to 2^53 a number of targets is exact, too.
+        self.add_state("num_targets", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, loss_sum: torch.Tensor, num_targets: torch.Tensor) -> None:
         self.loss_sum = self.loss_sum + loss_sum.to(self.loss_sum)
-        self.num_targets = self.num_targets + num_targets
+        self.num_targets = self.num_targets + num_targets.to(self.num_targets)
 
     def compute(self) -> torch.Tensor:
         return self.loss_sum / self.num_targets

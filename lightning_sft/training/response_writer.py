@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.data.conversation import Example, as_entry
 from lightning_sft.data.datamodule import InstructionDataModule
-from lightning_sft.data.entries import Entry
 from lightning_sft.runs.responses import RESPONSES_NAME, Response, write_responses
 from lightning_sft.training.module import SFTModule
 
@@ -96,7 +96,10 @@ class ResponseWriter(L.Callback):
                 f"{self._folder}: {len(missing)} answers are missing, first of entry {missing[0]}; "
                 "run the same command again to go on"
             )
-        responses = [Response(entry, answered[i]) for i, entry in enumerate(self._entries)]
+        # A conversation is written as the one question that it amounts to.
+        responses = [
+            Response(as_entry(entry), answered[i]) for i, entry in enumerate(self._entries)
+        ]
         write_responses(self.path, responses)
         for part in self._parts():
             part.unlink()
@@ -125,7 +128,7 @@ class ResponseWriter(L.Callback):
         return answered
 
 
-def _identify(module: SFTModule, entries: list[Entry], ckpt_path: Any) -> str:
+def _identify(module: SFTModule, entries: list[Example], ckpt_path: Any) -> str:
     """A digest of all that an answer depends on."""
     digest = hashlib.sha256()
     settings = dataclasses.asdict(module.generation)

@@ -18,12 +18,18 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_sft import InstructionDataModule
+from lightning_sft.commands.inspect import inspect
 from lightning_sft.common.config_files import SECTIONS
+from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import pack
 from lightning_sft.data.config import DataConfig
 from lightning_sft.data.counting import count_tree
 from lightning_sft.data.entries import Entry, Splits, read_entries
+from lightning_sft.data.find_tokenizer import read_tokenizer
+from lightning_sft.data.rows import Row, Span
+from lightning_sft.data.token_view import view_row
 from support.runs import run, write_config, write_data
+from support.tiny_run import write_tokenizer
 
 
 def look(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 0) -> str:
@@ -385,3 +391,100 @@ def test_no_torch_and_a_quick_help(tmp_path: Path) -> None:
 def test_entry_fields_are_all_that_is_compared() -> None:
     """A new field of Entry would have to be written by --fix and shown by --entries."""
     assert [field.name for field in dataclasses.fields(Entry)] == ["instruction", "input", "output"]
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "2 <b>", "weight": 0.5},
+]
+
+
+def write_talks(path: Path, talk: list[dict[str, Any]] = TALK, count: int = 20) -> Path:
+    path.write_text(json.dumps([{"messages": talk}] * count))
+    return path
+
+
+def test_a_conversation_is_shown_turn_by_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_talks(tmp_path / "talks.json")
+    given = ("--data.path", path, "--data.mask_prompt", "true", "--entries", "1")
+    out = look(capsys, *given, "--data.prompt_style", "chatml")
+    assert "<|im_start|>assistant\n[[1<|im_end|>]]\n<|im_start|>user\nTwo?" in out
+    assert "assistant\n[[2 <b><|im_end|><|endoftext|>]]×0.5\n" in out
+    assert out.count("train entry 1") == 1
+    # A style that closes no answers: a row for each.
+    out = look(capsys, *given)
+    assert out.count("train entry 1: ") == 2
+    assert "### Response:\n[[1<|endoftext|>]]\n" in out
+    assert "### Response:\n[[2 <b><|endoftext|>]]×0.5\n" in out
+    cut = look(capsys, *given, "--data.prompt_style", "chatml", "--data.max_length", "60")
+    assert re.search(r"~~.*2 <b><\|im_end\|><\|endoftext\|>~~\n", cut, re.DOTALL)
+
+
+def test_a_page_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = write_talks(tmp_path / "talks.json"), tmp_path / "page.html"
+    given = ("--data.path", path, "--data.mask_prompt=true", "--data.prompt_style=chatml")
+    out = look(capsys, *given, "--html", page, "--show", "2")
+    assert out == f"2 rows of train written to {page}\n"
+    text = page.read_text()
+    assert text.count("<h2>train entry") == 2
+    assert '<span class="supervised" title="16">1</span>' in text
+    assert '<span class="supervised" title="1279, weight 0.5"> &lt;</span>' in text
+    assert '<span class="context" title="' in text
+    assert "<b>" not in text
+
+
+def test_a_page_marks_what_is_special_and_cut(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "model")
+    tokenizer = read_tokenizer(tmp_path / "model")
+    row = Row([257, 65, 66, 67], 1, 0, [Span(2, 5)])
+    runs = view_row(row, DataConfig(max_length=2), tokenizer)
+    assert [(run.ids, run.kind, run.is_special) for run in runs] == [
+        ([257], "context", True),
+        ([65], "context", False),
+        ([66], "supervised", False),
+        ([67], "cut", False),
+        ([258], "cut", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("talk", "settings", "message"),
+    [
+        (
+            [TALK[1], TALK[2] | {"train": False}],
+            [],
+            "train split: nothing carries loss with prompt_style alpaca and data.train_on 'all'",
+        ),
+        (
+            [TALK[1], TALK[2] | {"train": True}],
+            ["--data.train_on", "[user]", "--data.header_in_prompt", "false"],
+            "train split: everything carries loss with prompt_style alpaca and data.train_on "
+            "['user'], although data.mask_prompt is true",
+        ),
+    ],
+    ids=["empty", "full"],
+)
+def test_masks_that_are_all_empty_or_all_full_are_refused(
+    talk: list[dict[str, Any]], settings: list[str], message: str, tmp_path: Path
+) -> None:
+    path = write_talks(tmp_path / "talks.json", talk)
+    given = ["--data.path", str(path), "--data.mask_prompt=true", *settings]
+    with pytest.raises(InputError) as error:
+        inspect(given)
+    assert str(error.value).startswith(message)
+
+
+def test_a_file_is_named_for_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_talks(tmp_path / "talks.json")
+    out = look(capsys, "--data.path", path, "--data.max_tokens", "700", "--data.padding_free=true")
+    line = f"{path}: JSON, 20 records in the format messages (recognised by its fields)\n"
+    assert line in out
+    assert "\nbatches of at most 700 tokens: " in out
+    mixture = json.dumps([{"path": str(path), "weight": 2}])
+    out = look(capsys, "--data.mixture", mixture)
+    assert f"mixture: 68 rows an epoch of the 34 in {path}, about 100% of the tokens" in out

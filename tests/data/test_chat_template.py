@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jinja2
 import pytest
 from hypothesis import example, given
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lightning_sft.data.chat_template import jinja_template, ollama_template
-from lightning_sft.data.entries import Entry
+from lightning_sft.data.conversation import Conversation, Entry
 from lightning_sft.data.prompts import STYLES, PromptStyle, get_style
+from lightning_sft.data.segments import flatten, lay_out, render_question
 
 ODD = PromptStyle(
     instruction="'Q\"\\n\\' {instruction} \t?\r\n",
@@ -61,20 +64,44 @@ def test_an_input_may_follow_in_the_styles_own_words(style):
 @pytest.mark.parametrize("style", [*STYLES.values(), ODD], ids=lambda style: style.name)
 def test_a_conversation(style):
     template = jinja_template(style)
-    first, second = Entry("One\n\nTwo", "", "Three."), Entry("Four", "Five", "")
+    # In the style's own place for a system message, or before the first instruction.
+    opening = style.system.replace("{system}", "One")
+    first = Entry("Two" if opening else "One\n\nTwo", "", "Three.")
+    second = Entry("Four", "Five", "")
     parted = "" if style.name == "llama3" else "\n" if style.end else "\n\n"
     messages = [
         {"role": "system", "content": "One"},
         ask("Two"),
         {"role": "assistant", "content": "Three."},
     ]
-    whole = "".join(style.split(first)) + parted
+    whole = opening + "".join(style.split(first)) + parted
     assert render(template, messages, add_generation_prompt=False) == whole
     assert render(template, [*messages, ask("Four", "Five")]) == whole + style.prompt(second)
     messages[0]["role"] = "developer"
     assert render(template, messages, add_generation_prompt=False) == whole
     with pytest.raises(jinja2.exceptions.TemplateError, match="system, user and assistant only"):
-        render(template, [{"role": "tool", "content": "x"}])
+        render(template, [{"role": "critic" if style.tool else "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize("header_in_prompt", [True, False])
+@pytest.mark.parametrize("style", [*STYLES.values(), ODD], ids=lambda style: style.name)
+def test_a_conversation_is_laid_out_as_in_training(style, header_in_prompt):
+    style = get_style(style, header_in_prompt)
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    if style.tool:
+        roles[3:3] = ["tool", "tool", "assistant"]
+    messages = [{"role": role, "content": f"{place} {role}"} for place, role in enumerate(roles)]
+    conversation = Conversation(messages)
+    trained = "".join(
+        text for part in lay_out(conversation.messages, style) for text in part.pieces
+    )
+    prompt = "".join(flatten(render_question(conversation, style)))
+    if not header_in_prompt:  # it comes back with the answer
+        for message in messages:
+            if message["role"] == "assistant":
+                message["content"] = style.header + message["content"]
+    assert render(jinja_template(style), messages, add_generation_prompt=False) == trained
+    assert render(jinja_template(style), messages) == prompt
 
 
 def test_a_header_of_the_models_own_comes_back_with_its_answer():
@@ -88,5 +115,6 @@ def test_ollamas_template_has_the_same_words():
     """Its own program was never asked: the fields are filled in by hand here."""
     for style in STYLES.values():
         text = ollama_template(style).split("{{ .Response }}")[0]
-        text = text.replace("{{ if .System }}{{ .System }}\n\n{{ end }}", "")
+        text, count = re.subn(r"{{ if \.System }}.*?{{ end }}", "", text, flags=re.DOTALL)
+        assert count == 1
         assert text.replace("{{ .Prompt }}", "Say it.") == style.prompt(Entry("Say it.", "", ""))

@@ -564,7 +564,7 @@ def test_first_batches(book_data_path):
         (
             {"prompt_style": "llama"},
             "prompt_style: unknown style 'llama'; allowed: alpaca, phi3, chatml, llama3, qwen3, "
-            "or a mapping with instruction, input and header",
+            "template, or a mapping with instruction, input and header",
         ),
     ],
 )

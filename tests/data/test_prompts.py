@@ -170,8 +170,8 @@ def test_get_style_by_name_mapping_and_object():
 
 def test_unknown_styles():
     assert refusal("alpacca") == (
-        "prompt_style: unknown style 'alpacca'; allowed: alpaca, phi3, chatml, llama3, qwen3, or "
-        "a mapping with instruction, input and header"
+        "prompt_style: unknown style 'alpacca'; allowed: alpaca, phi3, chatml, llama3, qwen3, "
+        "template, or a mapping with instruction, input and header"
     )
     allowed = "allowed: end, header, input, instruction, name"
     assert refusal(OWN | {"prefix": ""}) == f"prompt_style: unknown field 'prefix'; {allowed}"

@@ -724,7 +724,9 @@ def test_card_says_where_the_model_comes_from(trained, hf_folder):
 @pytest.mark.parametrize("weights", ["gpt2-small", "openai-community/gpt2@main"])
 def test_the_card_names_what_was_tuned(weights):
     origin = Origin("tuned", config={"model": {"weights": weights}})
-    card = model_card(GPTConfig(), gpt2_tokenizer(), get_style("alpaca"), origin, "pth", "tuned.pth")
+    card = model_card(
+        GPTConfig(), gpt2_tokenizer(), get_style("alpaca"), origin, "pth", "tuned.pth"
+    )
     facts = yaml.safe_load(card.split("---")[1])
     assert facts["base_model"] == "openai-community/gpt2"
     assert origin.settings() == {"model": {"weights": weights}}

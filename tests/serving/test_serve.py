@@ -316,7 +316,8 @@ def test_completions_logprobs(client):
         ),
         (
             "chatml",
-            "<|im_start|>user\nBe brief.\n\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+            "<|im_start|>system\nBe brief.<|im_end|>\n"
+            "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
             "<|im_start|>user\nTwo?\ntext<|im_end|>\n<|im_start|>assistant\n",
         ),
     ],

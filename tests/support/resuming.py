@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_sft.training.checkpoint import Checkpoints
 from lightning_sft.training.module import SFTModule
 from support.runs import run
 
@@ -42,3 +45,28 @@ def fit_until_done(config: Path, max_tries: int = 6) -> int:
             continue
         return start + 1
     raise AssertionError("never finished")
+
+
+@contextmanager
+def killed_behind(name: str, step: int) -> Iterator[None]:
+    """Die once, as a hook of that name begins (`save`: as it ends) with `step` steps done."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "save":
+            save = Checkpoints.save
+
+            def save_and_die(self: Checkpoints, trainer: Any) -> Any:
+                path = save(self, trainer)
+                if trainer.global_step == step:
+                    raise PulledPlugError
+                return path
+
+            patch.setattr(Checkpoints, "save", save_and_die)
+        else:
+
+            def die(self: Checkpoints, trainer: Any, *args: Any) -> None:
+                if trainer.global_step == step:
+                    raise PulledPlugError
+
+            patch.setattr(Checkpoints, name, die, raising=False)
+        with pytest.raises(PulledPlugError):
+            yield

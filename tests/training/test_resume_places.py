@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,9 @@ from lightning_sft.training import module as module_file
 from lightning_sft.training.checkpoint import Checkpoints, find_checkpoint
 from lightning_sft.training.loggers import MetricsFile
 from support.plain import make_data, make_module, make_trainer, train
-from support.resuming import PulledPlugError
+from support.resuming import killed_behind
 
 pytestmark = pytest.mark.process  # trains whole runs
-
-
-@contextmanager
-def killed_behind(name: str, step: int) -> Iterator[None]:
-    """Die once, as a hook of that name begins (`save`: as it ends) with `step` steps done."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name == "save":
-            save = Checkpoints.save
-
-            def save_and_die(self: Checkpoints, trainer: Any) -> Any:
-                path = save(self, trainer)
-                if trainer.global_step == step:
-                    raise PulledPlugError
-                return path
-
-            patch.setattr(Checkpoints, "save", save_and_die)
-        else:
-
-            def die(self: Checkpoints, trainer: Any, *args: Any) -> None:
-                if trainer.global_step == step:
-                    raise PulledPlugError
-
-            patch.setattr(Checkpoints, name, die, raising=False)
-        with pytest.raises(PulledPlugError):
-            yield
 
 
 def schedule() -> list[L.Callback]:
