@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import install_command
-from lightning_sft.data.entries import Entry
+from lightning_sft.data.conversation import Example
 
 LEAST_THRESHOLD = 0.5  # below it nearly everything is alike, and nothing can be left out
 # Of the bound: half as many groups again as a text has different n-grams, so that two of one text
@@ -60,7 +60,7 @@ class Twins(NamedTuple):
     similarity: Figures
 
 
-def comparison_text(entry: Entry) -> str:
+def comparison_text(entry: Example) -> str:
     """What of an entry is compared: all that the user says, and not the answer."""
     return f"{entry.instruction}\n{entry.input}" if entry.input else entry.instruction
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.config import DataConfig
-from lightning_sft.data.entries import Entry, Splits, local_path, read_entries, split_entries
+from lightning_sft.data.conversation import Example
+from lightning_sft.data.entries import Splits, local_path, read_entries, split_entries
 from lightning_sft.data.near_duplicates import Places
 from lightning_sft.data.record_files import write_records
 from lightning_sft.data.records import read_records
@@ -57,7 +58,7 @@ def write_splits(path: Path, config: DataConfig, splits: Splits, split_of: Place
 
 def _load_records(config: DataConfig, splits: Splits) -> list[Any]:
     """The record in a file behind each entry of the splits, in their order."""
-    found: dict[str, dict[Entry, deque[Any]]] = {}
+    found: dict[str, dict[Example, deque[Any]]] = {}
     for path in config.files():
         entries = read_entries(path, field_names=config.field_names, require_output=False)
         queues = found.setdefault(path, {})
@@ -73,7 +74,7 @@ def _load_records(config: DataConfig, splits: Splits) -> list[Any]:
 
 
 def _describe_config(
-    path: Path, config: DataConfig, entries: list[Entry], sizes: dict[str, int]
+    path: Path, config: DataConfig, entries: list[Example], sizes: dict[str, int]
 ) -> list[str]:
     """The settings of `data` with which the new file is cut into just these splits."""
     lines = [f"path: {path}"]

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.entries import Entry, Splits
+from lightning_sft.data.conversation import Example
+from lightning_sft.data.entries import Splits
 from lightning_sft.data.faults import find_repeats
 from lightning_sft.data.near_duplicates import Places, Twins, comparison_text, find_twins
 from lightning_sft.data.outliers import Lengths, Scripts, find_scripts, measure_lengths
@@ -69,7 +70,7 @@ class Quality:
     blank: list[int]
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[Example]:
         """All of them in the order of `split_of`."""
         return [entry for part in self.splits for entry in part]
 

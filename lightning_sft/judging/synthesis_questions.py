@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.entries import FIELDS, Entry, local_path, read_entries
+from lightning_sft.data.entries import Entry, local_path, read_entries
 from lightning_sft.data.records import read_records
 from lightning_sft.judging.asking import Question, Record
 from lightning_sft.judging.judge import JudgeConfig
@@ -105,7 +105,7 @@ def plan_entries(
         raise InputError(f"{kind} starts from entries: give --data FILE, and no --count")
     entries = read_entries(data, field_names=field_names)[:limit]
     records = read_records(local_path(data))[:limit]
-    names = dict(zip(FIELDS, FIELDS, strict=True)) | (field_names or {})
+    names = {name: name for name in ("instruction", "input", "output")} | (field_names or {})
     tones = random.Random(judge.seed)
     wishes, others = [], {}
     for place, (entry, record) in enumerate(zip(entries, records, strict=True)):

@@ -99,7 +99,7 @@ def test_many_entries_are_tokenized_as_each_alone(book_entries, tmp_path):
         style = get_style(name)
         rows = tokenize_entries(book_entries, style, tokenizer)
         alone = [tokenize(entry, style, tokenizer, i) for i, entry in enumerate(book_entries)]
-        assert as_tuples(rows) == [tuple(row) for row in alone]
+        assert as_tuples(rows) == [tuple(row)[:3] for row in alone]
 
 
 # --- TokenRows ---
