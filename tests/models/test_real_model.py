@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lightning_sft.common.gguf_header import read_gguf_header
+from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import get_style
 from lightning_sft.decoding.generation import generate
 from lightning_sft.models.llama_weights import to_hf
 from support.real_model import real_gguf as _real_gguf
+from support.runs import read_metrics, run
 
 pytestmark = pytest.mark.slow
 real_gguf = pytest.fixture(scope="session")(_real_gguf)
@@ -62,3 +66,38 @@ def test_greedy_tokens_equal_transformers(real_gguf: Path, book_entries: list[En
         chosen = logits.argmax(-1)[len(prompt) - 1 : -1]
         assert chosen.tolist() == whole[len(prompt) :], tokenizer.decode(prompt)
     assert max(differences) < 1e-3  # their eps is what float32 makes of 1e-5
+
+
+def test_the_first_twenty_losses_equal_a_transformers_loop(
+    real_gguf: Path, book_data_path: Path, tmp_path: Path, monkeypatch
+):
+    """The shipped configuration, shared prefixes and all, beside padded batches of the same ids."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    options = ["--config", "smollm2-135m.yaml", "--model.weights", real_gguf, "--run.name", "real"]
+    options += ["--data.path", book_data_path, "--trainer.accelerator", "cpu"]
+    options += ["--trainer.max_steps", 20, "--trainer.log_every_n_steps", 1, "--samples.indices=[]"]
+    options += ["--trainer.limit_val_batches", 0, "--loss_curve.every_n_steps", 0]
+    assert run("fit", *options) == 0
+    ours = read_metrics(tmp_path / "runs" / "real" / "version_0", "train_loss")
+
+    data = InstructionDataModule(
+        str(book_data_path), batch_size=8, prompt_style="chatml", mask_prompt=True, max_length=1024
+    )
+    data.tokenizer = HFTokenizer.from_gguf(read_gguf_header(real_gguf).facts)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        real_gguf.parent, gguf_file=real_gguf.name, dtype=torch.float32
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.1, fused=True)
+    theirs: list[float] = []
+    for batch in itertools.islice(data.train_dataloader(), 20):
+        logits = model(batch["input_ids"]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        theirs.append(loss.item())
+    print([round(loss, 6) for loss in ours], max(abs(a - b) for a, b in zip(ours, theirs)))
+    assert len(ours) == 20
+    assert ours == pytest.approx(theirs, abs=1e-4)
