@@ -187,8 +187,10 @@ def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Spl
     leaks, headers = find_leaks(splits), find_headers(style)
     entries = splits._asdict()
     is_cut, is_dropped = config.overlong == "truncate", config.overlong == "drop"
+    has_more = any(c.rows != c.entries for c in counts.values())
     lines: list[tuple[str, Callable[[str, SplitCounts], int]]] = [
         ("entries", lambda name, c: c.entries),
+        *([("rows", lambda name, c: c.rows)] if has_more else []),
         ("tokens", lambda name, c: c.tokens),
         ("supervised tokens", lambda name, c: c.supervised),
         ("longest row", lambda name, c: c.longest),

@@ -487,4 +487,6 @@ def test_a_file_is_named_for_what_it_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert "\nbatches of at most 700 tokens: " in out
     mixture = json.dumps([{"path": str(path), "weight": 2}])
     out = look(capsys, "--data.mixture", mixture)
+    assert read_row(out, "entries") == [17, 2, 1]
+    assert read_row(out, "rows") == [34, 4, 2]
     assert f"mixture: 68 rows an epoch of the 34 in {path}, about 100% of the tokens" in out
