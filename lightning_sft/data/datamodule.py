@@ -53,8 +53,9 @@ class InstructionDataModule(L.LightningDataModule):
     """Instruction data, split, tokenized and batched.
 
     Args:
-        path: JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk`, a URL, or the name
-            of a file that the package ships. The chapter's data by default.
+        path: JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk`, a URL, a data set
+            of the hub (`hf://owner/name:split`), or the name of a file that the package ships. The
+            chapter's data by default.
         batch_size: Rows a micro-batch on one device.
         seed: Orders the epochs.
         predict_batch_size: Prompts answered side by side.

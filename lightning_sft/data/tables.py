@@ -50,7 +50,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     if suffix == ".parquet":
         return _records(_read_parquet(path))
     if path.is_dir():
-        return [record for file in _arrow_files(path) for record in _records(_read_arrow(file))]
+        tables = map(read_table, _files_of(path))
+        return [record for table in tables for record in table]
     return _records(_read_arrow(path))
 
 
@@ -154,8 +155,8 @@ def _whole(path: Path, read: Callable[[Any], Any]) -> Any:
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from None
 
 
-def _arrow_files(folder: Path) -> list[Path]:
-    """The arrow files of a saved data set, in order.
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a saved data set, in order.
 
     Raises:
         InputError: It has several splits, of which one has to be named, or is damaged.
