@@ -121,6 +121,17 @@ def render_prefixes(
     return pieces
 
 
+def render_text(
+    messages: Sequence[dict[str, str]], source: str, add_generation_prompt: bool = True
+) -> str:
+    """What a template makes of messages that are plain mappings, as one text.
+
+    Raises:
+        InputError: The template refuses them, or is stopped.
+    """
+    return _process(source).render(messages, [(len(messages), add_generation_prompt)])[0]
+
+
 def _content(message: Message) -> str:
     return message.content + (f"\n\n{message.input}" if message.input else "")
 

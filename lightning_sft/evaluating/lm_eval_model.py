@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.chat_template import jinja_template
 from lightning_sft.data.encoding import special_tokens
+from lightning_sft.data.template import render_text
 from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.decoding.generation import GenerationConfig
 from lightning_sft.evaluating.likelihood import Progress, Request, generate_until, loglikelihoods
@@ -133,6 +134,8 @@ class EvalModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        if self.style.template:  # a stranger's program
+            return render_text(chat_history, self.style.template, add_generation_prompt)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
         environment.globals["raise_exception"] = _refuse
         return environment.from_string(jinja_template(self.style)).render(

@@ -490,3 +490,42 @@ def test_a_file_is_named_for_what_it_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert read_row(out, "entries") == [17, 2, 1]
     assert read_row(out, "rows") == [34, 4, 2]
     assert f"mixture: 68 rows an epoch of the 34 in {path}, about 100% of the tokens" in out
+
+
+BAD = {
+    "role.json": ('[{"messages": [{"role": "critic", "content": "x"}]}]', "unknown role 'critic'"),
+    "turns.json": (
+        json.dumps([{"messages": [*TALK[1:3], TALK[2]]}]),
+        "two assistant turns running",
+    ),
+    "empty.json": ('[{"messages": []}]', "messages: is empty"),
+    "ragged.csv": ("instruction,output\na,b\na\n", "line 3: 1 fields where the header has 2"),
+    "corrupt.parquet": ("PAR1 and nothing else", "cannot be read as parquet"),
+    "packed.jsonl.gz": ("\x1f\x8b and nothing else", "cannot be unpacked"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("command", ["inspect", "fit"])
+def test_bad_files_are_one_line(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, message = BAD[name]
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    config = ["--config", write_config(tmp_path, data__path=name)] if command == "fit" else []
+    assert run(command, *config, "--data.path", name) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mixture_with_a_missing_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture = [{"path": str(write_talks(tmp_path / "a.json"))}, {"path": "missing.json"}]
+    assert run("inspect", "--data.mixture", json.dumps(mixture)) == 2
+    assert capsys.readouterr().err == (
+        "error: missing.json: no such file; give a JSON or JSONL file, or a URL\n"
+    )
