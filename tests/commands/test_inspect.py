@@ -24,7 +24,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import pack
 from lightning_sft.data.config import DataConfig
 from lightning_sft.data.counting import count_tree
-from lightning_sft.data.entries import Entry, Splits, read_entries
+from lightning_sft.data.entries import Entry, Splits, read_entries, read_entry_file
 from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.data.rows import Row, Span
 from lightning_sft.data.token_view import view_row
@@ -477,6 +477,23 @@ def test_masks_that_are_all_empty_or_all_full_are_refused(
     with pytest.raises(InputError) as error:
         inspect(given)
     assert str(error.value).startswith(message)
+
+
+def test_clean_conversations_are_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talks.json"
+    talks = [[*TALK[:3], TALK[3] | {"content": f"{n}?"}, TALK[4]] for n in [*range(30), 3, 4]]
+    plain = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    path.write_text(json.dumps([{"messages": talk} for talk in [plain, *talks]]))
+    look(capsys, "--data.path", path, "--fix", tmp_path / "clean")
+    names = {name: tmp_path / "clean" / f"{name}.json" for name in Splits._fields}
+    found = [read_entry_file(file, format="auto").entries for file in names.values()]
+    kept = [entry for part in found for entry in part]
+    assert len(kept) == 31
+    wanted = read_entry_file(path, format="auto").entries
+    assert all(entry in wanted for entry in kept)
+    assert Entry("Q", "", "A") in kept
 
 
 def test_a_file_is_named_for_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
