@@ -133,7 +133,14 @@ def read_entry_file(
     skipped: list[int] = []
     for index, record in enumerate(records):
         where = f"{source}: entry {index}"
-        entry = shape(record, format, names, where, may_lack_answer=empty_output == "keep")
+        entry = shape(
+            record,
+            format,
+            names,
+            where,
+            may_lack_answer=empty_output == "keep",
+            may_be_blank=empty_output != "error",
+        )
         if is_answered(entry) or empty_output == "keep":
             entries.append(entry)
         elif empty_output == "skip":

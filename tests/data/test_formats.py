@@ -287,6 +287,12 @@ def test_unanswered_conversations_may_be_left_out(tmp_path):
     found = read_entry_file(path, format="auto", empty_output="skip")
     assert found == ([Entry("Q", "", "A")], [0])
     assert len(read(path, empty_output="keep")) == 2
+    blank = {"role": "assistant", "content": " "}
+    path = write_json(
+        tmp_path / "m.json", [{"messages": [ASK, blank]}, {"messages": [ASK, ANSWER]}]
+    )
+    assert read_entry_file(path, format="auto", empty_output="skip") == found
+    assert refuse(path) == "entry 0: messages[1].content: is blank; it must hold text"
     path = write_json(tmp_path / "m.json", [{"messages": [ASK]}])
     assert refuse(path, empty_output="skip") == "no entry has an assistant's message"
 
