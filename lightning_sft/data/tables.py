@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,7 @@ def read_separated(path: Path, separator: str) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a row of names and a record")
-    rows = _rows(path, text, separator)
-    _, names = next(rows)
+    (_, names), *rows = _rows(path, text, separator)
     _check_names(path, names)
     records = []
     for line, row in rows:
@@ -90,19 +89,23 @@ def read_separated(path: Path, separator: str) -> list[dict[str, Any]]:
     return records
 
 
-def _rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
     """Each row with the line it begins in; blank lines are left out."""
-    csv.field_size_limit(MOST_FIELD)
     # Line ends within quotes are the text's own, so the csv module has to see them as they are.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows: list[tuple[int, list[str]]] = []
     line = 1
+    before = csv.field_size_limit(MOST_FIELD)  # of the whole process, in which others read too
     try:
         for row in reader:
             if row:
-                yield line, row
+                rows.append((line, row))
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}: line {line}: not valid as a table ({error})") from None
+    finally:
+        csv.field_size_limit(before)
+    return rows
 
 
 def _check_names(path: Path, names: list[str]) -> None:

@@ -318,6 +318,15 @@ def test_bad_csv(text, message, tmp_path):
     assert refuse(path) == message
 
 
+def test_a_long_field_is_read_and_others_keep_their_limit(tmp_path):
+    import csv
+
+    path, before = tmp_path / "long.csv", csv.field_size_limit()
+    path.write_text(f"instruction,output\n{'x' * (before + 1)},y\n")
+    assert read(path) == [Entry("x" * (before + 1), "", "y")]
+    assert csv.field_size_limit() == before
+
+
 def test_a_corrupt_parquet_file(tmp_path):
     path = write_parquet(tmp_path)
     whole = path.read_bytes()

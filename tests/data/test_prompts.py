@@ -173,7 +173,7 @@ def test_unknown_styles():
         "prompt_style: unknown style 'alpacca'; allowed: alpaca, phi3, chatml, llama3, qwen3, "
         "template, or a mapping with instruction, input and header"
     )
-    allowed = "allowed: end, header, input, instruction, name"
+    allowed = "allowed: end, header, input, instruction, name, system, template, tool"
     assert refusal(OWN | {"prefix": ""}) == f"prompt_style: unknown field 'prefix'; {allowed}"
     assert refusal(OWN | {"header_in_prompt": True}) == (
         f"prompt_style: unknown field 'header_in_prompt'; {allowed}"
