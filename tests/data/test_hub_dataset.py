@@ -12,7 +12,7 @@ import pytest
 from lightning_sft import Entry
 from lightning_sft.common.errors import InputError, ServiceError
 from lightning_sft.data.config import DataConfig
-from lightning_sft.data.entries import read_entries
+from lightning_sft.data.entries import read_entries, read_entry_file
 from lightning_sft.data.hub_dataset import choose_files, parse_address
 from support.hub import Reply
 from support.model_hub import COMMIT, ModelHub, damage
@@ -61,6 +61,18 @@ def test_a_split_is_fetched_once(hub: ModelHub) -> None:
     hub.forget()
     assert read_entries(f"hf://{NAME}") == entries("a", "b", "c")
     assert hub.requests == []
+
+
+def test_messages_name_the_address(hub: ModelHub) -> None:
+    add(hub, {SHARDS[0]: parquet("a", " ")})
+    lines: list[str] = []
+    address = f"hf://{NAME}"
+    with pytest.raises(InputError, match=f"^{address}: entry 1: 'instruction' is blank"):
+        read_entry_file(address, format="auto", say=lines.append)
+    assert lines == [
+        f"{address}: a folder of tables, 2 records in the format instruction (recognised by its "
+        "fields)"
+    ]
 
 
 def test_a_damaged_file_is_fetched_again(hub: ModelHub, capsys: pytest.CaptureFixture[str]) -> None:
