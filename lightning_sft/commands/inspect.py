@@ -26,8 +26,6 @@ from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.config import DataConfig, describe_skipped
 from lightning_sft.data.counting import (
     SplitCounts,
-    check_answers,
-    check_masks,
     count_epoch_steps,
     count_run_steps,
     count_split,
@@ -48,9 +46,9 @@ from lightning_sft.data.find_tokenizer import tokenizer_of_model
 from lightning_sft.data.mixture import describe_mixture
 from lightning_sft.data.order import BatchOrder, row_places
 from lightning_sft.data.ordering import make_order, plan_mixture
-from lightning_sft.data.rows import TokenRows, fit_to_length
+from lightning_sft.data.rows import TokenRows
+from lightning_sft.data.split_rows import take_rows, tokenize_split
 from lightning_sft.data.template import bind_style
-from lightning_sft.data.token_cache import tokenize_entries
 
 SUMMARY = "show what the model will see of the data"
 MODEL_KEYS = ("architecture", "weights", "tokenizer")
@@ -79,11 +77,9 @@ def inspect(arguments: list[str]) -> int:
     data = config.read()
     splits = data.splits
     rows = {
-        name: tokenize_entries(entries, style, tokenizer, config.masking())
+        name: tokenize_split(entries, config, style, tokenizer, f"{name} split")
         for name, entries in zip(Splits._fields, splits, strict=True)
     }
-    for name, part in rows.items():
-        check_masks(part, config, style, f"{name} split")
     if options.entries or options.show or options.html:
         shown, count = rows[options.split], len(splits._asdict()[options.split])
         first = range(min(options.show or SHOWN_ON_PAGE, count))
@@ -103,15 +99,7 @@ def inspect(arguments: list[str]) -> int:
     findings = find_faults(splits, counts, config)
     try:
         for name, part in rows.items():
-            where = f"{name} split"
-            trained = fit_to_length(
-                part,
-                max_length=config.max_length,
-                overlong=config.overlong,
-                mask_prompt=config.mask_prompt,
-                where=where,
-            )
-            check_answers(counts[name], config, where)
+            trained, _ = take_rows(part, config, style, tokenizer, f"{name} split")
             if name == "train":
                 print(_describe_batches(trained, config, options, data.counts))
     except InputError as error:
@@ -187,8 +175,10 @@ def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Spl
     leaks, headers = find_leaks(splits), find_headers(style)
     entries = splits._asdict()
     is_cut, is_dropped = config.overlong == "truncate", config.overlong == "drop"
+    has_more = any(c.rows != c.entries for c in counts.values())
     lines: list[tuple[str, Callable[[str, SplitCounts], int]]] = [
         ("entries", lambda name, c: c.entries),
+        *([("rows", lambda name, c: c.rows)] if has_more else []),
         ("tokens", lambda name, c: c.tokens),
         ("supervised tokens", lambda name, c: c.supervised),
         ("longest row", lambda name, c: c.longest),

@@ -119,11 +119,11 @@ def find_cached(repository: Repository, weights: bool = True) -> Path | None:
     if repository.name not in GPT2.values():  # has its own tokenizer
         # One that is known not to be in the repository is not waited for.
         wanted += [file for file in TOKENIZER if isinstance(look_up(file), str | None)]
-    if weights and not _is_whole(folder / WEIGHTS):
-        if not _is_whole(folder / INDEX):
+    if weights and not is_whole(folder / WEIGHTS):
+        if not is_whole(folder / INDEX):
             return None
         wanted += shard_names(folder / INDEX)
-    return folder if all(_is_whole(folder / file) for file in wanted) else None
+    return folder if all(is_whole(folder / file) for file in wanted) else None
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -158,18 +158,18 @@ def _download(repository: Repository, weights: bool) -> Path:
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     _ask_once(repository)
-    folder = _fetch_file(repository, CONFIG).parent
+    folder = fetch_file(repository, CONFIG).parent
     # Whatever is pushed meanwhile, all files are of this commit.
     pinned = repository._replace(revision=folder.name)
     for file in (*TOKENIZER, *EXTRAS):
         with contextlib.suppress(RemoteEntryNotFoundError):
-            _fetch_file(pinned, file)
+            fetch_file(pinned, file)
     if weights:
         try:
-            _fetch_file(pinned, WEIGHTS)
+            fetch_file(pinned, WEIGHTS)
         except RemoteEntryNotFoundError:
-            for shard in shard_names(_fetch_file(pinned, INDEX)):
-                _fetch_file(pinned, shard)
+            for shard in shard_names(fetch_file(pinned, INDEX)):
+                fetch_file(pinned, shard)
     return folder
 
 
@@ -190,12 +190,25 @@ def _ask_once(repository: Repository) -> None:
             raise
 
 
-def _fetch_file(repository: Repository, file: str) -> Path:
+def fetch_file(repository: Repository, file: str, repo_type: str = "model") -> Path:
+    """One file of a repository, in the library's cache and undamaged.
+
+    Args:
+        repo_type: `model` or `dataset`.
+
+    Raises:
+        ServiceError: It arrived damaged twice.
+        Exception: The library's own, for `explain_failure`.
+    """
     from huggingface_hub import hf_hub_download
 
     for _ in range(2):
-        path = Path(hf_hub_download(repository.name, file, revision=repository.revision))
-        if _is_whole(path):
+        path = Path(
+            hf_hub_download(
+                repository.name, file, revision=repository.revision, repo_type=repo_type
+            )
+        )
+        if is_whole(path):
             return path
     raise ServiceError(
         f"{repository.name}: {file} arrived damaged twice (it is not what its digest says); run "
@@ -203,7 +216,7 @@ def _fetch_file(repository: Repository, file: str) -> Path:
     )
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a file of the cache is there and undamaged; a damaged one is taken away.
 
     What lies in a snapshot is a link to a blob, named after the sha256 of a large file and the git

@@ -17,12 +17,15 @@ _DISK |= {errno.ENOTDIR, errno.EIO}
 _PACKAGES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
 
 
-def explain_failure(error: Exception, name: str, revision: str) -> LightningSFTError:
+def explain_failure(
+    error: Exception, name: str, revision: str, instead: str | None = None
+) -> LightningSFTError:
     """The error that a user can act on.
 
     Args:
         error: Of the library.
         name, revision: Of the repository.
+        instead: What else to do where it cannot be reached; for a model it is known.
 
     Raises:
         Exception: `error` itself, if it is of no kind that a transfer fails in.
@@ -33,7 +36,7 @@ def explain_failure(error: Exception, name: str, revision: str) -> LightningSFTE
         error = error.__cause__
     host, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     shown = name if revision == "main" else f"{name}@{revision}"
-    later = (
+    later = instead or (
         f"where there is a network, `python -m lightning_sft download {shown}` puts it there; or "
         "give the folder that holds it"
     )

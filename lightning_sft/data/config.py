@@ -50,8 +50,9 @@ class DataConfig:
     """The settings of instruction data.
 
     Args:
-        path: JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk`, a URL, or the name
-            of a file that the package ships. The chapter's data by default.
+        path: JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk`, a URL, a data set
+            of the hub (`hf://owner/name:split`), or the name of a file that the package ships. The
+            chapter's data by default.
         batch_size: Rows a micro-batch on one device.
         val_path: Validation entries from a file of their own; `path` is then not cut for them.
         test_path: Likewise for test entries.

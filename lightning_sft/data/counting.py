@@ -31,22 +31,23 @@ from lightning_sft.data.tokenizer import Tokenizer
 class SplitCounts(NamedTuple):
     """What training takes of one split; arrays hold the entries' places in it.
 
-    entries: All rows, those that `overlong: drop` leaves out included; one for each entry, but
-        for conversations of which each answer is a row.
+    entries: All entries, those that `overlong: drop` leaves out included.
     tokens, supervised: Input tokens and targets of an epoch, padding not counted.
     longest: Tokens of the longest row, before any cut.
-    overlong: Entries of more than `max_length` tokens.
-    without_target: Entries that are left with nothing to learn from; `fit` refuses these.
-    answerless: Entries that are cut before their answer begins.
+    overlong: Entries of rows of more than `max_length` tokens, row by row.
+    without_target: Entries of rows that are left with nothing to learn from; `fit` refuses these.
+    answerless: Entries of rows that are cut before their answer begins.
+    rows: Of the entries: one each, but for conversations of which each answer is a row.
     """
 
     entries: int
     tokens: int
     supervised: int
     longest: int
-    overlong: npt.NDArray[np.intp]
-    without_target: npt.NDArray[np.intp]
-    answerless: npt.NDArray[np.intp]
+    overlong: npt.NDArray[np.int32]
+    without_target: npt.NDArray[np.int32]
+    answerless: npt.NDArray[np.int32]
+    rows: int
 
 
 def count_split(
@@ -70,13 +71,14 @@ def count_split(
     # Of a conversation that is cut the first answers are left, or their loss is.
     answerless = is_used & too_long & np.where(rows.is_plain, is_unanswered, targets <= 0)
     return SplitCounts(
-        entries=len(rows),
+        entries=len(np.unique(rows.indices)),
+        rows=len(rows),
         tokens=int(rows.lengths[is_used].clip(max=config.max_length).sum()),
         supervised=int(targets[is_used].clip(min=0).sum()),
         longest=int(rows.lengths.max()),
-        overlong=np.flatnonzero(too_long),
-        without_target=np.flatnonzero(is_used & (targets <= 0)),
-        answerless=np.flatnonzero(answerless),
+        overlong=rows.indices[too_long],
+        without_target=rows.indices[is_used & (targets <= 0)],
+        answerless=rows.indices[answerless],
     )
 
 
@@ -86,7 +88,7 @@ def check_answers(counts: SplitCounts, config: DataConfig, where: str) -> None:
     Raises:
         InputError: Says how many, and of which setting.
     """
-    used = counts.entries - (len(counts.overlong) if config.overlong == "drop" else 0)
+    used = counts.rows - (len(counts.overlong) if config.overlong == "drop" else 0)
     if 2 * len(counts.answerless) > used:
         raise InputError(
             f"{where}: {len(counts.answerless)} of {used} entries are cut to max_length "
@@ -125,9 +127,12 @@ def describe_training(
 ) -> list[str]:
     """The three lines that `fit` opens with: entries, tokens, and rows that are too long."""
     what = {"truncate": "cut to", "drop": "left out as over", "error": "over"}[config.overlong]
+    # Conversations in a style that closes no answers have a row for each.
+    has_more = train.rows != train.entries or val.rows != val.entries
+    rows = f", the first two in {train.rows:,} and {val.rows:,} rows" if has_more else ""
     return [
         f"data: {train.entries:,} training, {val.entries:,} validation and {num_test:,} test "
-        "entries",
+        f"entries{rows}",
         f"tokens: {train.tokens:,} of training, {train.supervised:,} of them supervised; "
         f"{val.tokens:,} of validation, {val.supervised:,} supervised",
         f"rows: {len(train.overlong)} of training and {len(val.overlong)} of validation are "

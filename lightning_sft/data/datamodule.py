@@ -24,9 +24,6 @@ from lightning_sft.data.conversation import Example
 from lightning_sft.data.conversation_rows import tokenize_questions
 from lightning_sft.data.counting import (
     SplitCounts,
-    check_answers,
-    check_masks,
-    count_split,
     describe_training,
 )
 from lightning_sft.data.entries import Splits, local_path
@@ -42,10 +39,10 @@ from lightning_sft.data.mixture import describe_mixture
 from lightning_sft.data.order import BatchOrder, Stretch, epoch_order
 from lightning_sft.data.ordering import make_order, plan_mixture
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.rows import TokenRows, fit_to_length
+from lightning_sft.data.rows import TokenRows
+from lightning_sft.data.split_rows import take_rows, tokenize_split
 from lightning_sft.data.template import bind_style
 from lightning_sft.data.token_budget import TokenBudgetOrder
-from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import Tokenizer, gpt2_tokenizer
 
 
@@ -53,8 +50,9 @@ class InstructionDataModule(L.LightningDataModule):
     """Instruction data, split, tokenized and batched.
 
     Args:
-        path: JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk`, a URL, or the name
-            of a file that the package ships. The chapter's data by default.
+        path: JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk`, a URL, a data set
+            of the hub (`hf://owner/name:split`), or the name of a file that the package ships. The
+            chapter's data by default.
         batch_size: Rows a micro-batch on one device.
         seed: Orders the epochs.
         predict_batch_size: Prompts answered side by side.
@@ -199,21 +197,9 @@ class InstructionDataModule(L.LightningDataModule):
         """
         if split not in self._rows:
             where, config = f"{split} split", self.config
-            examples = self.split(split)
-            try:
-                rows = tokenize_entries(examples, self.style, self.tokenizer, config.masking())
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
-            check_masks(rows, config, self.style, where)
-            self._rows[split] = fit_to_length(
-                rows,
-                max_length=config.max_length,
-                overlong=config.overlong,
-                mask_prompt=config.mask_prompt,
-                where=where,
-            )
-            self._counts[split] = count_split(rows, config, self.style, self.tokenizer)
-            check_answers(self._counts[split], config, where)
+            settings = config, self.style, self.tokenizer, where
+            rows = tokenize_split(self.split(split), *settings)
+            self._rows[split], self._counts[split] = take_rows(rows, *settings)
             too_long = len(self._counts[split].overlong)
             if too_long and not self._opens_fit:  # there the opening lines say so
                 cut = f"cut to {config.max_length} tokens"

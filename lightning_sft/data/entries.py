@@ -27,6 +27,7 @@ from lightning_sft.data.formats import (
     recognise,
     settle_names,
 )
+from lightning_sft.data.hub_dataset import is_dataset
 from lightning_sft.data.records import (
     BOOK_DATA_URL,
     KNOWN_SHA256,
@@ -116,24 +117,32 @@ def read_entry_file(
         settle_names(format, (), field_names)
     source = local_path(path)
     records = read_records(source)
+    shown = path if is_dataset(path) else source  # a folder of the cache says nothing to anybody
     is_told = format != "auto"
     format = format if is_told else recognise(records, field_names)
     if format == "preference":
         raise InputError(
-            f"{source}: holds preferences (chosen and rejected), which supervised fine-tuning does "
+            f"{shown}: holds preferences (chosen and rejected), which supervised fine-tuning does "
             "not learn from; data.format: instruction takes the instruction, input and output"
         )
     names = settle_names(format, records, field_names)
     if "input" in names:
         check_input_name(records, names["input"], source)
     if say is not None and (format != "instruction" or source.suffix not in (".json", ".jsonl")):
-        say(describe_format(source, len(records), format, is_told))
+        say(f"{shown}: {describe_format(source, len(records), format, is_told)}")
     # Entries are numbered by their place in the file, those that are left out included.
     entries: list[Example] = []
     skipped: list[int] = []
     for index, record in enumerate(records):
-        where = f"{source}: entry {index}"
-        entry = shape(record, format, names, where, may_lack_answer=empty_output == "keep")
+        where = f"{shown}: entry {index}"
+        entry = shape(
+            record,
+            format,
+            names,
+            where,
+            may_lack_answer=empty_output == "keep",
+            may_be_blank=empty_output != "error",
+        )
         if is_answered(entry) or empty_output == "keep":
             entries.append(entry)
         elif empty_output == "skip":
@@ -144,7 +153,7 @@ def read_entry_file(
                 "(data.empty_output: skip leaves such entries out)"
             )
     if not entries:
-        raise InputError(f"{source}: {_lack(format, names, every=True)}")
+        raise InputError(f"{shown}: {_lack(format, names, every=True)}")
     return EntryFile(entries, skipped)
 
 

@@ -16,11 +16,12 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.config import DataConfig, listed
-from lightning_sft.data.conversation import Example
+from lightning_sft.data.conversation import Entry, Example, Message, as_conversation
 from lightning_sft.data.counting import SplitCounts
 from lightning_sft.data.entries import Splits
 from lightning_sft.data.prompts import STYLES, PromptStyle
@@ -135,7 +136,7 @@ def write_clean(folder: Path, splits: Splits) -> None:
     try:
         staging.mkdir(parents=True)
         for name, part in zip(Splits._fields, cleaned, strict=True):
-            files.write_json(staging / f"{name}.json", [asdict(entry) for entry in part])
+            files.write_json(staging / f"{name}.json", _records(part))
         if folder.is_dir():
             folder.rmdir()
         staging.replace(folder)
@@ -151,6 +152,22 @@ def write_clean(folder: Path, splits: Splits) -> None:
         f"data:\n  path: {folder}/train.json\n  test_path: {folder}/test.json\n"
         f"  val_path: {folder}/val.json"
     )
+
+
+def _records(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Entries as they are; where there is a conversation among them, all as messages."""
+    if all(isinstance(example, Entry) for example in examples):
+        return [asdict(example) for example in examples]
+    plain = asdict(Message("", ""))  # what goes without saying
+    return [
+        {
+            "messages": [
+                {key: value for key, value in asdict(message).items() if value != plain[key]}
+                for message in as_conversation(example).messages
+            ]
+        }
+        for example in examples
+    ]
 
 
 def _prompt(entry: Example) -> tuple[str, str]:

@@ -109,8 +109,6 @@ def describe_format(source: Path, count: int, format: str, is_told: bool) -> str
     """
     kinds = {".jsonl": "JSONL", ".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}
     suffixes = [suffix for suffix in source.suffixes if suffix in kinds]
-    kind = (
-        "a folder of arrow files" if source.is_dir() else kinds.get("".join(suffixes[-1:]), "JSON")
-    )
+    kind = "a folder of tables" if source.is_dir() else kinds.get("".join(suffixes[-1:]), "JSON")
     how = "as data.format says" if is_told else "recognised by its fields"
-    return f"{source}: {kind}, {count:,} records in the format {format} ({how})"
+    return f"{kind}, {count:,} records in the format {format} ({how})"

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.formats import Format
+from lightning_sft.data.formats import FORMATS, Format
 from lightning_sft.data.order import Stretch
 
 MOST_WEIGHT = 10_000
@@ -67,16 +67,29 @@ def read_sources(mixture: Sequence[Source | Mapping[str, Any]]) -> tuple[Source,
                 raise InputError(f"{where}: {problem}; allowed: {', '.join(allowed)}")
             given = Source(**given)
         sources.append(given)
-        if given.weight is not None and not 0 < given.weight <= MOST_WEIGHT:
-            raise InputError(f"{where}.weight: {given.weight} is not above 0 and at most 10,000")
-        if given.share is not None and not 0 < given.share < 1:
-            raise InputError(f"{where}.share: {given.share} is not between 0 and 1")
+        if not isinstance(given.path, str) or not given.path:
+            raise InputError(f"{where}.path: {given.path!r} is not allowed; give a file or URL")
+        if given.format not in FORMATS:
+            allowed_formats = ", ".join(FORMATS)
+            raise InputError(
+                f"{where}.format: unknown {given.format!r}; allowed: {allowed_formats}"
+            )
+        if given.weight is not None and not _is_within(given.weight, MOST_WEIGHT, closed=True):
+            raise InputError(f"{where}.weight: {given.weight!r} is not above 0 and at most 10,000")
+        if given.share is not None and not _is_within(given.share, 1, closed=False):
+            raise InputError(f"{where}.share: {given.share!r} is not between 0 and 1")
     shares = [source.share for source in sources if source.share is not None]
     if shares and (len(shares) < len(sources) or any(s.weight is not None for s in sources)):
         raise InputError("data.mixture: give every file a weight, or every file a share")
     if shares and not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise InputError(f"data.mixture: the shares sum to {sum(shares):g}, not to 1")
     return tuple(sources)
+
+
+def _is_within(number: Any, most: float, *, closed: bool) -> bool:
+    """Whether it is a number above 0 and below `most`, which it may reach if `closed`."""
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and number > 0 and (number < most or (closed and number == most))
 
 
 def plan_stretches(

@@ -24,6 +24,7 @@ from typing import Any
 from lightning_sft.common import downloads, files
 from lightning_sft.common.errors import KEY_SHAPE, InputError
 from lightning_sft.data.compressed import content_suffix, read_content
+from lightning_sft.data.hub_dataset import fetch_dataset, is_dataset
 from lightning_sft.data.tables import is_saved_folder, is_table, read_table
 
 BOOK_DATA_URL = (
@@ -43,12 +44,14 @@ def is_url(text: str | Path) -> bool:
 
 
 def local_path(path: str | Path) -> Path:
-    """The local file behind a path or URL; a URL is downloaded once into the cache.
+    """The local file or folder behind a path or address; what is elsewhere is fetched once.
 
     Raises:
         InputError: A local path is missing or not a regular file.
         ServiceError: The URL could not be fetched and is not in the cache.
     """
+    if is_dataset(path):
+        return fetch_dataset(str(path))
     if is_url(path):
         try:
             url = _without_key(str(path))

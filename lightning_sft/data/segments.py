@@ -25,7 +25,7 @@ from typing import NamedTuple
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.conversation import ROLES, Conversation, Message
 from lightning_sft.data.prompts import Break, PromptStyle, Template
-from lightning_sft.data.template import lay_out_question, lay_out_template
+from lightning_sft.data.template_layout import lay_out_question, lay_out_template
 
 
 class Segment(NamedTuple):

@@ -37,7 +37,12 @@ ROLE_NAMES = {
 
 
 def shape(
-    record: Any, format: str, names: dict[str, str], where: str, may_lack_answer: bool
+    record: Any,
+    format: str,
+    names: dict[str, str],
+    where: str,
+    may_lack_answer: bool,
+    may_be_blank: bool = False,
 ) -> Example:
     """The example in a record.
 
@@ -46,6 +51,8 @@ def shape(
         names: The file's names of its fields.
         where: File and record, for messages.
         may_lack_answer: Whether the field of the answer may be missing altogether.
+        may_be_blank: Whether an assistant may have said nothing last; the conversation then ends
+            before that.
 
     Raises:
         InputError: Names record, field and what is allowed.
@@ -58,6 +65,8 @@ def shape(
         return _completion(record, names, where, may_lack_answer)
     key, role, content = (names[field] for field in _MESSAGE_FIELDS[format])
     messages = read_messages(record, key, role, content, where)
+    if may_be_blank and messages and messages[-1].role == "assistant":
+        messages = messages if messages[-1].content.strip() else messages[:-1]
     return simplest(make_conversation(messages, key, role, content, where))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     if suffix == ".parquet":
         return _records(_read_parquet(path))
     if path.is_dir():
-        return [record for file in _arrow_files(path) for record in _records(_read_arrow(file))]
+        tables = map(read_table, _files_of(path))
+        return [record for table in tables for record in table]
     return _records(_read_arrow(path))
 
 
@@ -73,8 +74,7 @@ def read_separated(path: Path, separator: str) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a row of names and a record")
-    rows = _rows(path, text, separator)
-    _, names = next(rows)
+    (_, names), *rows = _rows(path, text, separator)
     _check_names(path, names)
     records = []
     for line, row in rows:
@@ -89,19 +89,23 @@ def read_separated(path: Path, separator: str) -> list[dict[str, Any]]:
     return records
 
 
-def _rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
     """Each row with the line it begins in; blank lines are left out."""
-    csv.field_size_limit(MOST_FIELD)
     # Line ends within quotes are the text's own, so the csv module has to see them as they are.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows: list[tuple[int, list[str]]] = []
     line = 1
+    before = csv.field_size_limit(MOST_FIELD)  # of the whole process, in which others read too
     try:
         for row in reader:
             if row:
-                yield line, row
+                rows.append((line, row))
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}: line {line}: not valid as a table ({error})") from None
+    finally:
+        csv.field_size_limit(before)
+    return rows
 
 
 def _check_names(path: Path, names: list[str]) -> None:
@@ -154,8 +158,8 @@ def _whole(path: Path, read: Callable[[Any], Any]) -> Any:
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from None
 
 
-def _arrow_files(folder: Path) -> list[Path]:
-    """The arrow files of a saved data set, in order.
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a saved data set, in order.
 
     Raises:
         InputError: It has several splits, of which one has to be named, or is damaged.

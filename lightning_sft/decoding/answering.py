@@ -21,6 +21,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.conversation import Entry, Example
 from lightning_sft.data.encoding import check_style, encode_prompt
 from lightning_sft.data.prompts import PromptStyle
+from lightning_sft.data.template import bind_style
 from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answer_text import AnswerText
 from lightning_sft.decoding.generation import GenerationConfig, decode, generate
@@ -43,8 +44,9 @@ class AnsweringModel:
     def __init__(
         self, model: GPTModel, style: PromptStyle, tokenizer: Tokenizer | None = None
     ) -> None:
-        self.model, self.style = model, style
+        self.model = model
         self.tokenizer = tokenizer or find_tokenizer(model.config, None, None)
+        self.style = bind_style(style, self.tokenizer)
 
     @overload
     def answer(self, instruction: str, input: str = "", **generation: Any) -> str: ...

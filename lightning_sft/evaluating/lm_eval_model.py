@@ -23,6 +23,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.chat_template import jinja_template
 from lightning_sft.data.encoding import bos_token, encode_pieces
 from lightning_sft.data.prompts import Template
+from lightning_sft.data.template import render_text
 from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.decoding.generation import GenerationConfig
@@ -149,6 +150,8 @@ class EvalModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        if self.style.template:  # a stranger's program
+            return render_text(chat_history, self.style.template, add_generation_prompt)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
         environment.globals["raise_exception"] = _refuse
         return environment.from_string(self._template).render(

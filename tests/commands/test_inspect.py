@@ -24,7 +24,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import pack
 from lightning_sft.data.config import DataConfig
 from lightning_sft.data.counting import count_tree
-from lightning_sft.data.entries import Entry, Splits, read_entries
+from lightning_sft.data.entries import Entry, Splits, read_entries, read_entry_file
 from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.data.rows import Row, Span
 from lightning_sft.data.token_view import view_row
@@ -479,6 +479,23 @@ def test_masks_that_are_all_empty_or_all_full_are_refused(
     assert str(error.value).startswith(message)
 
 
+def test_clean_conversations_are_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talks.json"
+    talks = [[*TALK[:3], TALK[3] | {"content": f"{n}?"}, TALK[4]] for n in [*range(30), 3, 4]]
+    plain = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    path.write_text(json.dumps([{"messages": talk} for talk in [plain, *talks]]))
+    look(capsys, "--data.path", path, "--fix", tmp_path / "clean")
+    names = {name: tmp_path / "clean" / f"{name}.json" for name in Splits._fields}
+    found = [read_entry_file(file, format="auto").entries for file in names.values()]
+    kept = [entry for part in found for entry in part]
+    assert len(kept) == 31
+    wanted = read_entry_file(path, format="auto").entries
+    assert all(entry in wanted for entry in kept)
+    assert Entry("Q", "", "A") in kept
+
+
 def test_a_file_is_named_for_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_talks(tmp_path / "talks.json")
     out = look(capsys, "--data.path", path, "--data.max_tokens", "700", "--data.padding_free=true")
@@ -487,4 +504,45 @@ def test_a_file_is_named_for_what_it_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert "\nbatches of at most 700 tokens: " in out
     mixture = json.dumps([{"path": str(path), "weight": 2}])
     out = look(capsys, "--data.mixture", mixture)
+    assert read_row(out, "entries") == [17, 2, 1]
+    assert read_row(out, "rows") == [34, 4, 2]
     assert f"mixture: 68 rows an epoch of the 34 in {path}, about 100% of the tokens" in out
+
+
+BAD = {
+    "role.json": ('[{"messages": [{"role": "critic", "content": "x"}]}]', "unknown role 'critic'"),
+    "turns.json": (
+        json.dumps([{"messages": [*TALK[1:3], TALK[2]]}]),
+        "two assistant turns running",
+    ),
+    "empty.json": ('[{"messages": []}]', "messages: is empty"),
+    "ragged.csv": ("instruction,output\na,b\na\n", "line 3: 1 fields where the header has 2"),
+    "corrupt.parquet": ("PAR1 and nothing else", "cannot be read as parquet"),
+    "packed.jsonl.gz": ("\x1f\x8b and nothing else", "cannot be unpacked"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("command", ["inspect", "fit"])
+def test_bad_files_are_one_line(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, message = BAD[name]
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    config = ["--config", write_config(tmp_path, data__path=name)] if command == "fit" else []
+    assert run(command, *config, "--data.path", name) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mixture_with_a_missing_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture = [{"path": str(write_talks(tmp_path / "a.json"))}, {"path": "missing.json"}]
+    assert run("inspect", "--data.mixture", json.dumps(mixture)) == 2
+    assert capsys.readouterr().err == (
+        "error: missing.json: no such file; give a JSON or JSONL file, or a URL\n"
+    )

@@ -8,6 +8,7 @@ import torch
 
 from lightning_sft import Conversation, Entry, Message
 from lightning_sft.common.errors import InputError
+from lightning_sft.data import token_cache
 from lightning_sft.data.batching import collate, pack
 from lightning_sft.data.conversation_rows import tokenize_conversation, tokenize_example
 from lightning_sft.data.encoding import encode_prompt
@@ -15,6 +16,7 @@ from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.data.prompts import STYLES, PromptStyle, get_style
 from lightning_sft.data.rows import Row, Span, TokenRows, fit_to_length, tokenize
 from lightning_sft.data.segments import Masking
+from lightning_sft.data.token_cache import tokenize_entries
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 from support.tiny_run import write_tokenizer
 
@@ -311,3 +313,23 @@ def test_what_a_style_or_mask_refuses():
             Masking(True, train_on)
     with pytest.raises(InputError, match=r"data\.train_on: .* set data\.mask_prompt to true"):
         Masking(False, "last")
+
+
+def test_the_cache_is_kept_by_what_rows_depend_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_SFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(token_cache, "CACHE_FROM_ENTRIES", 2)
+    style, tokenizer = get_style("alpaca"), gpt2_tokenizer()
+
+    def count(examples, masking: Masking) -> int:
+        made = tokenize_entries(examples, style, tokenizer, masking)
+        again = tokenize_entries(examples, style, tokenizer, masking)
+        assert made.fingerprint() == again.fingerprint()
+        return len(list((tmp_path / "tokens").glob("*/done")))
+
+    # What an entry's mask is, is settled later; a conversation's is in its rows.
+    plain, talks = [Entry("Q", "", "A")] * 2, [Conversation(TWO_TURNS)] * 2
+    assert [count(plain, masking) for masking in (Masking(), ANSWERS)] == [1, 1]
+    masks = (ANSWERS, Masking(True, "last"), Masking())
+    assert [count(talks, masking) for masking in masks] == [2, 3, 4]
+    weighed = [Conversation([USER, Message("assistant", "A", weight=0.5)])] * 2
+    assert count(weighed, ANSWERS) == 5

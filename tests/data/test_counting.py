@@ -154,4 +154,4 @@ def test_counts_are_whole_numbers(char_tokenizer):
         make_rows([(2, 2)], GIVEN, char_tokenizer), DataConfig("x"), GIVEN, char_tokenizer
     )
     assert {type(value) for value in counts[:4]} == {int}
-    assert all(isinstance(places, np.ndarray) for places in counts[4:])
+    assert all(isinstance(places, np.ndarray) for places in counts[4:7])

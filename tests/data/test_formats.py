@@ -287,6 +287,12 @@ def test_unanswered_conversations_may_be_left_out(tmp_path):
     found = read_entry_file(path, format="auto", empty_output="skip")
     assert found == ([Entry("Q", "", "A")], [0])
     assert len(read(path, empty_output="keep")) == 2
+    blank = {"role": "assistant", "content": " "}
+    path = write_json(
+        tmp_path / "m.json", [{"messages": [ASK, blank]}, {"messages": [ASK, ANSWER]}]
+    )
+    assert read_entry_file(path, format="auto", empty_output="skip") == found
+    assert refuse(path) == "entry 0: messages[1].content: is blank; it must hold text"
     path = write_json(tmp_path / "m.json", [{"messages": [ASK]}])
     assert refuse(path, empty_output="skip") == "no entry has an assistant's message"
 
@@ -310,6 +316,15 @@ def test_bad_csv(text, message, tmp_path):
     path = tmp_path / "bad.csv"
     path.write_bytes(text.encode("latin-1"))
     assert refuse(path) == message
+
+
+def test_a_long_field_is_read_and_others_keep_their_limit(tmp_path):
+    import csv
+
+    path, before = tmp_path / "long.csv", csv.field_size_limit()
+    path.write_text(f"instruction,output\n{'x' * (before + 1)},y\n")
+    assert read(path) == [Entry("x" * (before + 1), "", "y")]
+    assert csv.field_size_limit() == before
 
 
 def test_a_corrupt_parquet_file(tmp_path):

@@ -111,6 +111,12 @@ def test_a_mixture_through_the_data_module(tmp_path, capsys):
          "field_names"),
         ([{"path": "a", "weight": 0}],
          "data.mixture[0].weight: 0 is not above 0 and at most 10,000"),
+        ([{"path": "a", "weight": "heavy"}],
+         "data.mixture[0].weight: 'heavy' is not above 0 and at most 10,000"),
+        ([{"path": 5}], "data.mixture[0].path: 5 is not allowed; give a file or URL"),
+        ([{"path": "a", "format": "x"}],
+         "data.mixture[0].format: unknown 'x'; allowed: auto, instruction, messages, sharegpt, "
+         "prompt_completion, preference"),
         ([{"path": "a", "share": 1.5}], "data.mixture[0].share: 1.5 is not between 0 and 1"),
         ([{"path": "a", "share": 0.5}, {"path": "b"}],
          "data.mixture: give every file a weight, or every file a share"),

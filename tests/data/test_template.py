@@ -13,7 +13,7 @@ from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.segments import Masking
-from lightning_sft.data.template import bind_style
+from lightning_sft.data.template import bind_style, render_text
 from lightning_sft.data.template_process import TemplateProcess
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 from support.tiny_run import write_tokenizer
@@ -130,6 +130,14 @@ def test_a_template_that_drops_thoughts_gives_each_answer_a_row(bind):
     assert encode_prompt(talk, style, tokenizer) == second.ids[: second.prompt_length]
     [last] = tokenize_conversation(talk, style, tokenizer, Masking(True, "last"))
     assert last == second._replace(index=0)
+
+
+def test_a_whole_text(bind):
+    style, _ = bind(CHATML)
+    said = [{"role": "user", "content": "Q"}]
+    asked = "<|im_start|>user\nQ<|im_end|>\n"
+    assert render_text(said, style.template, add_generation_prompt=False) == asked
+    assert render_text(said, style.template) == f"{asked}<|im_start|>assistant\n"
 
 
 def test_an_entry_is_laid_out_by_it_as_well(bind):
