@@ -70,5 +70,7 @@ def fit_history(
         return length <= most * LONGEST_TOKEN and len(encode(cut)) <= most
 
     # The fewer turns, the shorter: few of many numbers have to be tried.
-    cut = 0 if fits(0) else bisect.bisect_left(range(len(asked) - 1), True, lo=1, key=fits)
+    last, cut = len(asked) - 1, 0
+    if last and not fits(0):
+        cut = bisect.bisect_left(range(last), True, lo=1, key=fits)
     return FittedHistory(leave_out(cut), encode(cut), cut)
