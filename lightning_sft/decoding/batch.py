@@ -3,6 +3,9 @@
 `generation.decode` answers one batch from beginning to end; the server's engine lets requests come
 and go. Both sample the tokens themselves, from `RunningBatch.logits`.
 
+What a prompt has in common with a row that is finished, as an earlier turn of its conversation, is
+taken from `KeptRows` and not read again.
+
     >>> batch = RunningBatch(model)
     >>> batch.join([tokenizer.encode("Hello")])
     >>> batch.feed(batch.logits.argmax(-1))
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 
 from lightning_sft.data.batching import lay_out
+from lightning_sft.decoding.kept_rows import KeptRow, KeptRows
 from lightning_sft.models.cache import KVCache
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.layers import PackedLayout
@@ -29,21 +33,50 @@ class RunningBatch:
     Args:
         max_length: Most tokens a row will ever hold, where it is known; memory for them is taken
             at once. Else it grows with the rows, to twice what is needed.
+        kept: Finished rows of this model, which prompts may continue.
     """
 
-    def __init__(self, model: GPTModel, max_length: int | None = None) -> None:
+    def __init__(
+        self, model: GPTModel, max_length: int | None = None, kept: KeptRows | None = None
+    ) -> None:
         self.model = model
         self.max_length = max_length
+        self.kept = kept
         self.cache: KVCache | None = None  # None holds no rows, and no memory
         self.logits = torch.empty(0)
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read prompts, what they begin with in common once, as new rows behind the old ones."""
+        known = [self.kept.find(prompt) if self.kept else None for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda place: known[place] is not None)
+        fresh = [prompts[place] for place in order if known[place] is None]
         newcomers = RunningBatch(self.model, self.max_length)
-        newcomers.cache = self._new_cache(len(prompts), max(map(len, prompts)))
-        newcomers.logits = self._read(prompts, newcomers.cache)
+        if fresh:
+            newcomers.cache = self._new_cache(len(fresh), max(map(len, fresh)))
+            newcomers.logits = self._read(fresh, newcomers.cache)
+        for place in order[len(fresh) :]:
+            found = known[place]
+            assert found is not None
+            newcomers.absorb(self._resume(prompts[place], *found))
+        if order != sorted(order):
+            assert newcomers.cache is not None
+            places = torch.tensor(order, device=newcomers.logits.device).argsort()
+            newcomers.cache.select(places)
+            newcomers.logits = newcomers.logits[places]
         self.absorb(newcomers)
+
+    @torch.inference_mode()
+    def keep(self, slot: int, ids: Sequence[int]) -> None:
+        """Let later prompts continue a row that is about to leave.
+
+        Args:
+            ids: Its prompt and what it has taken; tokens it was not fed yet are left out.
+        """
+        if self.kept is None or self.cache is None or not self.kept.most_bytes:
+            return
+        seen = int(self.cache.lengths[slot])
+        self.kept.add(KeptRow(list(ids[:seen]), *self.cache.copy_row(slot, seen)))
 
     @torch.inference_mode()
     def absorb(self, other: RunningBatch) -> None:
@@ -90,6 +123,16 @@ class RunningBatch:
         # Only a prompt's last token says something about what comes next: the head sees no other.
         last = places[torch.arange(len(prompts), device=device), lengths - 1]
         return self.model.out_head(hidden[last])
+
+    def _resume(self, prompt: Sequence[int], row: KeptRow, count: int) -> RunningBatch:
+        """A batch of the one prompt, whose first `count` tokens another row has read."""
+        alone = RunningBatch(self.model, self.max_length)
+        alone.cache = self._new_cache(1, len(prompt))
+        alone.cache.load_row(row.keys[:, :, :count], row.values[:, :, :count])
+        rest = torch.tensor([prompt[count:]], device=alone.cache.lengths.device)  # (1, T)
+        hidden = self.model.hidden_states(rest, cache=alone.cache)  # (1, T, D)
+        alone.logits = self.model.out_head(hidden[:, -1])  # (1, V)
+        return alone
 
     def _new_cache(self, rows: int, longest: int) -> KVCache:
         weight = self.model.tok_emb.weight

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.decoding.batch import RunningBatch
+from lightning_sft.decoding.kept_rows import KeptRows
 from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.models.prepacked import prepacked
@@ -101,12 +102,15 @@ def decode(
     *,
     eos_token_id: int | None,
     keys: Sequence[int] | None = None,
+    kept: KeptRows | None = None,
 ) -> Iterator[list[tuple[int, int | None]]]:
     """Answer one batch, a step at a time.
 
     Args:
         eos_token_id: Ends a row; None never does.
         keys: What each row's sampling depends on beside the seed; its place by default.
+        kept: Rows of earlier calls with this model, which prompts may continue; finished ones are
+            added. The tokens are the same without.
 
     Yields:
         `(row, token)` of every row that took a token in this step, and `(row, None)` when a row is
@@ -118,10 +122,11 @@ def decode(
     rngs = [seed_row(config.seed, key) for key in keys]
     room = [model.config.context_length - len(prompt) for prompt in prompts]
     left = [min(config.max_new_tokens, free) for free in room]  # tokens each row may still take
+    seen = [list(prompt) for prompt in prompts]  # and what the row has taken
     active = list(range(len(prompts)))  # the row in each slot of the batch
     most = min(max(map(len, prompts)) + max(left), model.config.context_length)
     with evaluating(model), prepacked(model):
-        batch = RunningBatch(model, most)
+        batch = RunningBatch(model, most, kept)
         batch.join(prompts)
         while active:
             tokens = sample(batch.logits, config, [rngs[row] for row in active])  # (B,)
@@ -132,7 +137,9 @@ def decode(
                 if not ended:
                     events.append((row, token))
                     left[row] -= 1
+                    seen[row].append(token)
                 if ended or left[row] == 0:
+                    batch.keep(slot, seen[row])
                     events.append((row, None))
                 else:
                     going_on.append(slot)

@@ -94,6 +94,18 @@ class KVCache:
         self.lengths = torch.cat([self.lengths, other.lengths])
         self.longest = max(self.longest, other.longest)
 
+    def copy_row(self, row: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a row's first T tokens, (layers, H, T, D/H) each, copied."""
+        keys, values = (stored[:, row, :, :num_tokens] for stored in (self.keys, self.values))
+        return keys.clone(), values.clone()
+
+    def load_row(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill an empty cache of one row with what `copy_row` gave, (layers, H, T, D/H) each."""
+        num_tokens = keys.shape[2]
+        self.keys[:, 0, :, :num_tokens] = keys
+        self.values[:, 0, :, :num_tokens] = values
+        self.advance(num_tokens, num_tokens)
+
     def append(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,11 +32,18 @@ class Answering:
 
     Args:
         prompts: Token ids, one list for each of the request's.
+        cut_turns: How many of a conversation's turns are not in its prompt.
     """
 
-    def __init__(self, context: Context, request: AnswerRequest, prompts: list[list[int]]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        request: AnswerRequest,
+        prompts: list[list[int]],
+        cut_turns: int = 0,
+    ) -> None:
         self.context = context
-        self.envelope = Envelope(request, sum(map(len, prompts)))
+        self.envelope = Envelope(request, sum(map(len, prompts)), cut_turns)
         self.jobs = [make_job(request, context, place, ids) for place, ids in enumerate(prompts)]
         self.choices = [make_choice(request, context, place) for place in range(len(prompts))]
         self.queue: asyncio.Queue[tuple[int, TokenEvent] | None] = asyncio.Queue()
@@ -93,6 +100,7 @@ class Answering:
             if choice.finish_reason is not None:
                 continue  # it was under way when a stop string ended the answer
             _raise_failure(event, choice)
+            choice.reused_tokens = job.reused
             text = choice.take(event.token, event.logprobs, event.end)
             if choice.finish_reason is not None:
                 open_choices -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Any
 
 from starlette.applications import Starlette
@@ -11,20 +12,28 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lightning_sft.common.errors import InputError
+from lightning_sft.data.conversation import Conversation
 from lightning_sft.data.encoding import encode_question
+from lightning_sft.data.history import (
+    LONGEST_TOKEN,
+    FittedHistory,
+    fit_history,
+    room_for_prompt,
+)
 from lightning_sft.data.tokenizer import Tokenizer
 from lightning_sft.decoding.answering import AnsweringModel
 from lightning_sft.serving.answers import Answering, Stream
-from lightning_sft.serving.api_error import ApiError
+from lightning_sft.serving.api_error import ApiError, invalid
 from lightning_sft.serving.context import Context
-from lightning_sft.serving.conversation import render
+from lightning_sft.serving.conversation import lay_out_prompt, read_conversation
 from lightning_sft.serving.gate import to_response
 from lightning_sft.serving.log import log_line
 from lightning_sft.serving.openai_reply import to_json
 from lightning_sft.serving.openai_request import find_model, read_json, read_request
 
 BODY_SECONDS = 30.0  # in which a request's body must have arrived
-LONGEST_TOKEN = 128  # characters; GPT-2's longest is as many spaces
+SHORT = 10_000  # characters; encoding more takes a time in which others would wait
 
 
 class Service:
@@ -85,29 +94,39 @@ class Service:
     async def prompt(self, request: Request) -> Response:
         """The text that a chat request's model would be given; nothing is generated."""
         body = await self._read(request)
-        model = find_model(body, self.context.models)
-        pieces = render(body, self.context.models[model].style)
-        ids = await self._encode(pieces, self.context.models[model].tokenizer)
+        name = find_model(body, self.context.models)
+        model = self.context.models[name]
+        length = body.get("max_tokens", self.context.rules.generation.max_new_tokens)
+        if type(length) is not int or length < 1:
+            raise invalid("max_tokens", "must be an integer >= 1")
+        fitted = await self._fit(read_conversation(body), model, length)
         return _json(
             {
                 "object": "chat.prompt",
-                "model": model,
-                "prompt": "".join(pieces),
-                "prompt_tokens": len(ids),
-                "context_length": self.context.models[model].model.config.context_length,
+                "model": name,
+                "prompt": "".join(lay_out_prompt(fitted.conversation, model.style)),
+                "prompt_tokens": len(fitted.ids),
+                "cut_turns": fitted.cut,
+                "context_length": model.model.config.context_length,
             }
         )
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         wanted = read_request(await self._read(request), self.context.rules, chat)
         model = self.context.models[wanted.model]
-        prompts = [
-            prompt if isinstance(prompt, list) else await self._encode(prompt, model.tokenizer)
-            for prompt in wanted.prompts
-        ]
+        cut_turns = 0
+        if wanted.conversation is not None:
+            length = wanted.settings.max_new_tokens
+            _, ids, cut_turns = await self._fit(wanted.conversation, model, length)
+            prompts = [ids]
+        else:
+            prompts = [
+                prompt if isinstance(prompt, list) else await self._encode(prompt, model.tokenizer)
+                for prompt in wanted.prompts
+            ]
         for prompt in prompts:
             self._check_ids(prompt, model)
-        answering = Answering(self.context, wanted, prompts)
+        answering = Answering(self.context, wanted, prompts, cut_turns)
         answering.begin()
         if wanted.stream:
             return Stream(answering)
@@ -146,15 +165,33 @@ class Service:
             raise ApiError(408, "The body took too long.", code="timeout") from None
         return read_json(bytes(body))
 
-    async def _encode(self, text: str | tuple[str, ...], tokenizer: Tokenizer) -> list[int]:
-        pieces = (text,) if isinstance(text, str) else text
-        length = sum(map(len, pieces))
-        if length > self.context.limits.prompt_tokens * LONGEST_TOKEN:
-            raise self._too_long(f"over {self.context.limits.prompt_tokens}")
-        if length < 10_000:
-            return encode_question(pieces, tokenizer)
+    async def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        self._check_length(len(text))
+        if len(text) < SHORT:
+            return encode_question([text], tokenizer)
         # In a thread: others need not wait for it.
-        return await asyncio.to_thread(encode_question, pieces, tokenizer)
+        return await asyncio.to_thread(encode_question, [text], tokenizer)
+
+    async def _fit(
+        self, conversation: Conversation, model: AnsweringModel, max_new_tokens: int
+    ) -> FittedHistory:
+        """As many of the last turns as there is room for beside the answer."""
+        messages = conversation.messages
+        lengths = [len(message.content) + len(message.input) for message in messages]
+        # What is never left out.
+        self._check_length(lengths[-1] + (lengths[0] if messages[0].role == "system" else 0))
+        most = room_for_prompt(model.model.config.context_length, max_new_tokens)
+        most = min(most, self.context.limits.prompt_tokens)
+        fit = functools.partial(fit_history, conversation, model.style, model.tokenizer, most)
+        try:
+            return fit() if sum(lengths) < SHORT else await asyncio.to_thread(fit)
+        except InputError as error:  # a model's own template refuses the messages
+            raise invalid("messages", f"are refused: {error}") from None
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse what is too long for certain, before its tokens are counted."""
+        if characters > self.context.limits.prompt_tokens * LONGEST_TOKEN:
+            raise self._too_long(f"over {self.context.limits.prompt_tokens}")
 
     def _check_ids(self, prompt: list[int], model: AnsweringModel) -> None:
         if len(prompt) > self.context.limits.prompt_tokens:
@@ -188,6 +225,7 @@ class Service:
             "owned_by": "lightning_sft",
             "context_length": model.model.config.context_length,
             "prompt_style": model.style.name,
+            "keeps_turns": model.style.closes_answers,
             "defaults": {
                 "max_tokens": min(default.max_new_tokens, most),
                 "temperature": default.temperature,

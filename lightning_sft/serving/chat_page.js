@@ -58,6 +58,7 @@
     }
     at("max_tokens").max = limits.max_tokens;
     if (models.length > 1) offerModels(names);
+    if (turns.length === 0) at("earlier").checked = models.every((model) => model.keeps_turns);
     showSettings();
     at("ask-button").disabled = form.hidden = false;
     at("empty").hidden = turns.length > 0;
@@ -82,6 +83,10 @@
     const read = (id, text) => (at(id).value === "" ? [] : [`${text} ${at(id).value}`]);
     const parts = [...read("temperature", "temperature"), ...read("top_p", "top p"), ...read("top_k", "top k")];
     parts.push(...read("seed", "seed"), ...(at("earlier").checked ? ["earlier turns"] : []));
+    parts.push(...(at("system").value.trim() ? ["system prompt"] : []));
+    at("turns-note").textContent = at("earlier").checked
+      ? "Earlier turns go along with each question; Clear begins anew."
+      : "Each question stands by itself, unless the settings say that earlier turns go along.";
     at("settings-note").textContent = parts.join(", ");
   }
 
@@ -98,10 +103,12 @@
 
   function buildBody(model, question, given, settings) {
     const messages = [];
+    const system = at("system").value.trim();
+    if (system) messages.push({ role: "system", content: system });
     if (at("earlier").checked) {
-      for (const turn of turns.filter((turn) => turn.answers[model])) {
-        const before = turn.given ? `${turn.question}\n\n${turn.given}` : turn.question;
-        messages.push({ role: "user", content: before });
+      for (const turn of turns.filter((turn) => turn.answers[model]?.trim())) {
+        const input = turn.given ? { input: turn.given } : {};
+        messages.push({ role: "user", content: turn.question, ...input });
         messages.push({ role: "assistant", content: turn.answers[model] });
       }
     }
@@ -157,10 +164,10 @@
   }
 
   async function showPrompt(body, details) {
-    const { model, messages, input } = body;
+    const { model, messages, input, max_tokens } = body;
     const shown = details.querySelector("pre");
     try {
-      const reply = await (await call("/v1/chat/prompt", { model, messages, input })).json();
+      const reply = await (await call("/v1/chat/prompt", { model, messages, input, max_tokens })).json();
       shown.textContent = reply.prompt;
       details.querySelector("summary").textContent += ` (${reply.prompt_tokens} tokens)`;
     } catch (error) {
@@ -175,12 +182,14 @@
     const begun = performance.now();
     let usage = null;
     let reason = null;
+    let cut = 0;
     try {
       const options = { stream: true, stream_options: { include_usage: true } };
       const response = await call("/v1/chat/completions", { ...body, ...options }, signal);
       for await (const chunk of readEvents(response)) {
         if (chunk.error) throw new Error(chunk.error.message);
         usage = chunk.usage ?? usage;
+        cut = chunk.cut_turns ?? 0;
         const choice = chunk.choices[0];
         if (!choice) continue;
         reason = choice.finish_reason ?? reason;
@@ -194,6 +203,7 @@
       const seconds = (performance.now() - begun) / 1000;
       const speed = usage ? `${usage.completion_tokens} tokens in ${seconds.toFixed(1)} s` : "";
       facts.textContent = reason === "length" ? `${speed}, cut off at its most tokens` : speed;
+      if (cut) facts.textContent += `; the oldest ${cut === 1 ? "turn" : `${cut} turns`} left out, for want of context`;
     } catch (error) {
       const stopped = error.name === "AbortError";
       facts.textContent = stopped ? "stopped" : error.message;

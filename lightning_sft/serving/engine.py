@@ -7,6 +7,9 @@ long one. Greedy tokens are those of `generate` for the prompt alone (in float32
 differ by less than rounding does); sampled ones depend on the request's own seed, not on who else
 is being answered.
 
+What a finished row has seen is kept for a while: the next turn of a conversation begins with it,
+and only what is new is read.
+
 Whatever fails for several rows is taken again for each alone. Who fails then has ended with an
 error, and the others go on with the text that they would have had anyway.
 
@@ -28,6 +31,7 @@ import torch
 from lightning_sft.common.errors import LightningSFTError
 from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.generation import check_prompts, seed_row
+from lightning_sft.decoding.kept_rows import KeptRows
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.serving.job import Job, TokenEvent
 from lightning_sft.serving.log import log_error
@@ -44,9 +48,10 @@ class StoppingError(LightningSFTError):
 
 @dataclass
 class Lane:
-    """One model, its running batch, and the jobs of the batch's rows."""
+    """One model, its running batch, the jobs of the batch's rows, and rows that are finished."""
 
     batch: RunningBatch
+    kept: KeptRows
     eos_token_id: int | None
     jobs: list[Job] = field(default_factory=list)
     waiting: deque[Job] = field(default_factory=deque)
@@ -63,6 +68,7 @@ class Engine:
         queue: Most jobs that may wait to join.
         prefill_tokens: Most prompt tokens read between two steps, but for one longer prompt, so
             that a crowd of newcomers does not halt the answers under way.
+        kept_bytes: Most memory for finished rows, of each model.
     """
 
     def __init__(
@@ -74,11 +80,13 @@ class Engine:
         batch_size: int = 32,
         queue: int = 128,
         prefill_tokens: int = 2048,
+        kept_bytes: int = 500_000_000,
     ) -> None:
-        self.lanes = {
-            name: Lane(RunningBatch(model.eval()), eos_token_ids.get(name))
-            for name, model in models.items()
-        }
+        self.lanes = {}
+        for name, model in models.items():
+            kept = KeptRows(kept_bytes)
+            batch = RunningBatch(model.eval(), kept=kept)
+            self.lanes[name] = Lane(batch, kept, eos_token_ids.get(name))
         self.deliver = deliver
         self.batch_size, self.queue = batch_size, queue
         self.prefill_tokens = prefill_tokens
@@ -185,7 +193,9 @@ class Engine:
         with self._changed:
             tokens = 0
             while lane.waiting and before + len(joining) < self.batch_size:
-                tokens += len(lane.waiting[0].prompt)
+                prompt = lane.waiting[0].prompt
+                lane.waiting[0].reused = lane.kept.count(prompt)
+                tokens += len(prompt) - lane.waiting[0].reused
                 if joining and tokens > self.prefill_tokens:
                     break
                 joining.append(lane.waiting.popleft())
@@ -195,7 +205,11 @@ class Engine:
 
         def join(places: Sequence[int]) -> list[Job]:
             jobs = [joining[place] for place in places]
-            lane.batch.join([job.prompt for job in jobs])
+            try:
+                lane.batch.join([job.prompt for job in jobs])
+            except Exception:
+                lane.kept.clear()  # it may have been memory that was short
+                raise
             return jobs
 
         joined, faults = isolate(range(len(joining)), join)
@@ -234,6 +248,7 @@ class Engine:
         # Reported before the next step is computed: an answer need not wait for it. Whoever left in
         # between is noticed then.
         self._report(events)
+        self._keep(lane, set(range(len(lane.jobs))) - set(going_on) - set(faults))
         jobs, lane.jobs = lane.jobs, [lane.jobs[row] for row in going_on]
         taken = [tokens.get(row, 0) for row in range(len(jobs))]  # 0 where a row leaves anyway
         device = lane.batch.logits.device
@@ -246,6 +261,16 @@ class Engine:
             return
         self._rebuild(lane)  # outside of the handler, which holds the old batch's memory
 
+    def _keep(self, lane: Lane, leaving: set[int]) -> None:
+        """Keep what rows that leave have seen, for the next turns of their conversations."""
+        try:
+            for row in sorted(leaving):
+                job = lane.jobs[row]
+                lane.batch.keep(row, job.prompt + job.written)
+        except Exception as error:  # their answers are complete
+            log_error(error, "a finished answer could not be kept: ")
+            lane.kept.clear()
+
     def _rebuild(self, lane: Lane) -> None:
         """Take the step that failed for each row alone, in a new batch of those who pass it.
 
@@ -253,7 +278,8 @@ class Engine:
         read from these, and fed its last one as in the step that failed.
         """
         model = lane.batch.model
-        lane.batch = RunningBatch(model)
+        lane.kept.clear()
+        lane.batch = RunningBatch(model, kept=lane.kept)
         jobs, lane.jobs = lane.jobs, []
         if len(jobs) == 1:
             self._report([(jobs[0], TokenEvent(None, end="error"))])  # it was alone already
@@ -276,7 +302,8 @@ class Engine:
         """Give up the rows of a batch, and begin a new one."""
         log_error(error, "all answers under way failed: ")
         failed, lane.jobs = lane.jobs, []
-        lane.batch = RunningBatch(lane.batch.model)
+        lane.kept.clear()
+        lane.batch = RunningBatch(lane.batch.model, kept=lane.kept)
         self._report([(job, TokenEvent(None, end="error")) for job in failed])
 
     def _report(self, events: list[tuple[Job, TokenEvent]]) -> None:

@@ -48,6 +48,7 @@ class Job:
     # From here on the engine's own.
     cancelled: bool = False
     written: list[int] = field(default_factory=list)  # the answer's tokens so far
+    reused: int = 0  # tokens of the prompt that an earlier row had read
     most: int = 0  # tokens it may write
     deadline: float = float("inf")  # on `time.monotonic`'s clock
     rng: torch.Generator = field(default_factory=torch.Generator)

@@ -36,6 +36,7 @@ class Choice:
     ) -> None:
         self.index, self.request, self.text, self.tokenizer = index, request, text, tokenizer
         self.num_tokens = 0
+        self.reused_tokens = 0  # of the prompt, which need not be read again
         self.finish_reason: str | None = None
         self._logprobs: list[dict[str, Any]] = []  # not sent yet
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -87,15 +88,15 @@ class Choice:
 
 
 class Envelope:
-    """What all parts of one reply share: id, time, model, kind."""
+    """What all parts of one reply share: id, time, model, kind, and whether history was cut."""
 
-    def __init__(self, request: AnswerRequest, prompt_tokens: int) -> None:
+    def __init__(self, request: AnswerRequest, prompt_tokens: int, cut_turns: int = 0) -> None:
         self.request, self.prompt_tokens = request, prompt_tokens
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": ("chatcmpl-" if request.chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": request.model,
-        }
+        } | ({"cut_turns": cut_turns} if cut_turns else {})
 
     def whole(self, texts: list[str], choices: list[Choice]) -> dict[str, Any]:
         """The reply to a request that does not stream."""
@@ -126,13 +127,16 @@ class Envelope:
             self.head | {"object": self._chunk_kind, "choices": [], "usage": self.usage(choices)}
         )
 
-    def usage(self, choices: list[Choice]) -> dict[str, int]:
-        """OpenAI's count of the prompt's tokens and of those written."""
+    def usage(self, choices: list[Choice]) -> dict[str, Any]:
+        """OpenAI's count of the prompt's tokens, of those written, and of those read earlier."""
         written = sum(choice.num_tokens for choice in choices)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": written,
             "total_tokens": self.prompt_tokens + written,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(choice.reused_tokens for choice in choices)
+            },
         }
 
     @property

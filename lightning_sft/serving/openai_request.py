@@ -2,7 +2,7 @@
 
 Whatever a client asks for is done or refused by name, never dropped: unknown fields and values that
 this server cannot honour end in status 400. `null`, and values that ask for nothing (`n: 1`,
-`logit_bias: {}`), count as absent. A conversation becomes one prompt by `render`.
+`logit_bias: {}`), count as absent.
 
 This module does not import torch.
 """
@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_sft.data.conversation import Conversation
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.serving.api_error import ApiError, invalid
-from lightning_sft.serving.conversation import render
+from lightning_sft.serving.conversation import read_conversation
 from lightning_sft.serving.settings import MAX_TEMPERATURE, Limits
 
 MAX_STOPS = 4
@@ -59,20 +60,26 @@ class AnswerRequest:
     """What a client wants.
 
     Args:
-        prompts: Texts, conversations in pieces, or token ids; one answer each.
-        chat: Answered as a message, with the style's header and closing mark taken off.
+        prompts: Texts or token ids, one answer each; none where there is a conversation.
+        conversation: Of a chat request, which is answered as a message, with the style's header and
+            closing mark taken off.
         settings: The client's, and the server's where it does not say.
         top_logprobs: None where log-probabilities are not wanted.
     """
 
     model: str
-    prompts: list[str | tuple[str, ...] | list[int]]
-    chat: bool
+    prompts: list[str | list[int]]
+    conversation: Conversation | None
     settings: GenerationConfig
     stop: list[str]
     stream: bool
     include_usage: bool
     top_logprobs: int | None
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is one to `/v1/chat/completions`."""
+        return self.conversation is not None
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,6 @@ def read_request(body: dict[str, Any], rules: Rules, chat: bool) -> AnswerReques
     """
     _refuse_unknown(body, CHAT if chat else COMPLETION)
     model = find_model(body, rules.styles)
-    prompts: list[str | tuple[str, ...] | list[int]]
-    prompts = [render(body, rules.styles[model])] if chat else _read_prompts(body, rules)
     stream = _boolean(body, "stream")
     options = body.get("stream_options", {})
     if "stream_options" in body and not stream:
@@ -117,8 +122,8 @@ def read_request(body: dict[str, Any], rules: Rules, chat: bool) -> AnswerReques
         raise invalid("stream_options", "must be an object with include_usage")
     return AnswerRequest(
         model=model,
-        prompts=prompts,
-        chat=chat,
+        prompts=[] if chat else _read_prompts(body, rules),
+        conversation=read_conversation(body) if chat else None,
         settings=_read_settings(body, rules, chat),
         stop=_read_stop(body),
         stream=stream,
@@ -160,7 +165,7 @@ def find_model(body: Mapping[str, Any], names: Mapping[str, Any]) -> str:
     return name
 
 
-def _read_prompts(body: Mapping[str, Any], rules: Rules) -> list[str | tuple[str, ...] | list[int]]:
+def _read_prompts(body: Mapping[str, Any], rules: Rules) -> list[str | list[int]]:
     """A text, token ids, or a list of either."""
     given = body.get("prompt")
     prompts = given if isinstance(given, list) and not _is_ids(given) else [given]

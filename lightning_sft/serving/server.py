@@ -92,6 +92,7 @@ def build_server(
         eos_token_ids={name: loaded.tokenizer.eos_token_id for name, loaded in models.items()},
         batch_size=limits.batch_size,
         queue=limits.queue,
+        kept_bytes=limits.kept_bytes,
     )
     rules = Rules({name: loaded.style for name, loaded in models.items()}, generation, limits)
     service = Service(Context(engine, hub, models, rules, int(time.time())), build_chat_page())

@@ -24,6 +24,8 @@ class Limits:
         body_bytes: Longest request.
         prompt_tokens: Longest prompt; the model's context limits it as well.
         max_tokens: Longest answer that a request may ask for.
+        kept_bytes: Memory for what finished answers have seen, of each model, so that the next
+            turns of their conversations need not be read from the beginning; 0 keeps nothing.
         prompts: Most prompts of one request to /v1/completions.
         seconds: Time for a request, waiting included; then the answer ends where it is.
         grace: Seconds for running answers after SIGTERM or Ctrl-C.
@@ -37,13 +39,15 @@ class Limits:
     body_bytes: int = 1_000_000
     prompt_tokens: int = 1024
     max_tokens: int = 1024
+    kept_bytes: int = 500_000_000
     prompts: int = 32
     seconds: float = 300.0
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "queue", "body_bytes", "prompt_tokens", "max_tokens", "prompts"):
-            value, low = getattr(self, name), 0 if name == "queue" else 1
+        at_least = {"queue": 0, "kept_bytes": 0, "batch_size": 1, "body_bytes": 1, "prompts": 1}
+        for name, low in (at_least | {"prompt_tokens": 1, "max_tokens": 1}).items():
+            value = getattr(self, name)
             if value < low:
                 raise InputError(f"limits.{name}: {value} is not allowed; it must be >= {low}")
         if not 0.0 < self.seconds < math.inf:

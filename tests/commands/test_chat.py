@@ -15,8 +15,13 @@ import pytest
 import torch
 
 from lightning_sft.commands.chat import read_piped, read_typed
+from lightning_sft.data.conversation import Conversation, Message
+from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.data.entries import Entry
+from lightning_sft.data.prompts import get_style
+from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.decoding.answering import AnsweringModel
+from lightning_sft.decoding.generation import generate
 from support.runs import run
 from support.serving import make_talker
 
@@ -152,3 +157,81 @@ def test_in_a_terminal(weights, tmp_path):
             os.kill(child, 9)
             os.waitpid(child, 0)
         os.close(keyboard)
+
+
+# --- Conversations ---
+
+COUNT = 12  # tokens an answer
+
+
+def answers_to(questions: list[str], style: str, system: str = "") -> list[str]:
+    """What one pass over the whole conversation gives at each turn, with nothing kept."""
+    model, layout, tokenizer = make_talker(), get_style(style), gpt2_tokenizer()
+    said = [Message("system", system)] if system else []
+    for question in questions:
+        said.append(Message("user", question))
+        ids = encode_prompt(Conversation(tuple(said)), layout, tokenizer)
+        found = generate(model, [ids], max_new_tokens=COUNT)[0]
+        said.append(Message("assistant", layout.extract(tokenizer.decode(found))))
+    return [message.content for message in said if message.role == "assistant"]
+
+
+def pipe(monkeypatch, capsys, weights: list[str], style: str, *lines: str) -> tuple[str, str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    options = ["--prompt_style", style, f"--generation.max_new_tokens={COUNT}"]
+    assert run("chat", *weights, *options) == 0
+    return capsys.readouterr()
+
+
+FIVE = ["One?", "And two?", "Three!", "Four, then.", "Five?"]
+
+
+def test_five_turns_through_a_pipe(weights, monkeypatch, capsys):
+    out, err = pipe(monkeypatch, capsys, weights, "chatml", *FIVE)
+    expected = answers_to(FIVE, "chatml")
+    assert out == "".join(f"{answer}\n\n" for answer in expected)
+    assert err == ""
+    assert expected[1:] != [answers_to([question], "chatml")[0] for question in FIVE[1:]]
+
+
+def test_each_stands_by_itself_in_a_style_without_a_closing_mark(weights, monkeypatch, capsys):
+    lines = ["One?", "Two?", "/turns", "One?", "Two?"]
+    out, err = pipe(monkeypatch, capsys, weights, "alpaca", *lines)
+    alone = [answers_to([question], "alpaca")[0] for question in ("One?", "Two?")]
+    together = answers_to(["One?", "Two?"], "alpaca")
+    assert out.split("\n\n")[:-1] == alone + together
+    assert alone != together
+    assert err == "(earlier turns go along)\n"
+
+
+def test_a_system_prompt_and_a_new_beginning(weights, monkeypatch, capsys):
+    lines = ["/system", "/system Be brief.", "/system", "One?", "/new", "Two?", "/system -", "/new"]
+    out, err = pipe(monkeypatch, capsys, weights, "chatml", *lines, "One?")
+    told = [answers_to([question], "chatml", "Be brief.")[0] for question in ("One?", "Two?")]
+    assert out.split("\n\n")[:-1] == [*told, answers_to(["One?"], "chatml")[0]]
+    assert err.splitlines() == [
+        "(system prompt: none is set; /system TEXT sets one, and /system - removes it)",
+        "(the system prompt is set)",
+        "(system prompt: Be brief.)",
+        "(a new conversation)",
+        "(the system prompt is gone)",
+        "(a new conversation)",
+    ]
+
+
+def test_a_long_talk_loses_its_oldest_turns_and_says_so(weights, monkeypatch, capsys):
+    questions = [f"Question {place} " + "and more " * 12 for place in range(6)]
+    out, err = pipe(monkeypatch, capsys, weights, "chatml", "/system Be brief.", *questions)
+    assert "(1 earlier turn no longer fits the context and was left out)" in err
+    assert len(out.split("\n\n")) == 7
+    assert out.split("\n\n")[0] == answers_to(questions[:1], "chatml", "Be brief.")[0]
+
+
+def test_a_command_is_sent_at_once_where_lines_are_many():
+    lines = ["/new", "/system Be", "One", "/new", "", "/turns"]
+    assert typed(*lines, multiline=True) == [
+        ("/new", ""),
+        ("/system Be", ""),
+        ("One\n/new", ""),
+        ("/turns", ""),
+    ]

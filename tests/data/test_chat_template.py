@@ -13,7 +13,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lightning_sft.data.chat_template import jinja_template, ollama_template
 from lightning_sft.data.conversation import Conversation, Entry
 from lightning_sft.data.prompts import STYLES, PromptStyle, get_style
-from lightning_sft.data.segments import flatten, lay_out, render_question
+from lightning_sft.data.segments import Masking, flatten, lay_out, render_question
+from lightning_sft.data.segments import render as render_rows
+from lightning_sft.serving.conversation import lay_out_prompt, read_conversation
 
 ODD = PromptStyle(
     instruction="'Q\"\\n\\' {instruction} \t?\r\n",
@@ -102,6 +104,23 @@ def test_a_conversation_is_laid_out_as_in_training(style, header_in_prompt):
                 message["content"] = style.header + message["content"]
     assert render(jinja_template(style), messages, add_generation_prompt=False) == trained
     assert render(jinja_template(style), messages) == prompt
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=lambda style: style.name)
+def test_five_turns_of_an_exported_template(style):
+    """Each turn's prompt, with a system's message and inputs, is what training and `serve` give."""
+    said = [{"role": "system", "content": "Be brief."}]
+    for turn in range(5):
+        said.append(ask(f"Question {turn}?", "some text" if turn % 2 else ""))
+        conversation = Conversation(tuple(said))
+        prompt = "".join(flatten(render_question(conversation, style)))
+        assert render(jinja_template(style), said) == prompt
+        assert "".join(lay_out_prompt(read_conversation({"messages": said}), style)) == prompt
+        said.append({"role": "assistant", "content": f"Answer {turn}."})
+    [*rows] = render_rows(Conversation(tuple(said)), style, Masking())
+    trained = "".join("".join(segment.pieces) for segment in rows[-1])
+    before = said[:-1]
+    assert trained == render(jinja_template(style), before) + said[-1]["content"] + style.end
 
 
 def test_a_header_of_the_models_own_comes_back_with_its_answer():

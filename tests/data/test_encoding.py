@@ -14,7 +14,7 @@ from lightning_sft.data.hf_tokenizer import HFTokenizer
 from lightning_sft.data.prompts import STYLES, Template, get_style
 from lightning_sft.data.rows import tokenize
 from lightning_sft.data.tokenizer import gpt2_tokenizer
-from lightning_sft.serving.conversation import render
+from lightning_sft.serving.conversation import lay_out_prompt, read_conversation
 from support.tiny_run import byte_ids, write_tiny_gguf, write_tokenizer
 
 END, IM_START, IM_END, BEGIN, EOT, HEAD, HEAD_END, THINK, THINK_END = range(256, 265)
@@ -120,7 +120,9 @@ def test_a_served_conversation_is_laid_out_turn_by_turn(tmp_path):
         {"role": "assistant", "content": "Yes<|eot_id|>"},
         {"role": "user", "content": "Bye"},
     ]
-    ids = encode_question(render({"messages": messages}, get_style("llama3")), tokenizer)
+    ids = encode_question(
+        lay_out_prompt(read_conversation({"messages": messages}), get_style("llama3")), tokenizer
+    )
 
     def turn(role: str, text: str) -> list[int]:
         return [HEAD, *byte_ids(role), HEAD_END, *byte_ids("\n\n" + text)]

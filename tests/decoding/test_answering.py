@@ -10,10 +10,20 @@ import pytest
 import torch
 
 import lightning_sft
-from lightning_sft import AnsweringModel, Entry, GPTConfig, GPTModel, generate, load_model
+from lightning_sft import (
+    AnsweringModel,
+    Conversation,
+    Entry,
+    GPTConfig,
+    GPTModel,
+    generate,
+    load_model,
+)
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import gpt2_tokenizer
+from lightning_sft.decoding.kept_rows import WORTH_KEEPING
 from support.runs import TINY, newest_checkpoint, run, write_config, write_data
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
@@ -58,6 +68,63 @@ def test_a_list_is_answered_as_one_by_one(model: AnsweringModel) -> None:
     assert found == alone
     assert len(set(found)) == 3
     assert model.answer([]) == []
+
+
+def test_a_conversation_is_answered_as_its_prompt_alone(
+    model: AnsweringModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As messages, mappings or a conversation, streamed or not; and only what is new is read."""
+    read: list[int] = []
+    right = model.model.hidden_states
+
+    def count(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        read.append(ids.numel())
+        return right(ids, **settings)
+
+    model = AnsweringModel(model.model, get_style("phi3"))
+    monkeypatch.setattr(model.model, "hidden_states", count)
+    said: list[dict[str, str]] = [{"role": "system", "content": "Be brief."}]
+    for turn in range(3):
+        said.append({"role": "user", "content": f"Say it {turn} times"})
+        talk = Conversation(tuple(said))
+        expected = model.answer([talk], **LIMIT)[0]
+        read.clear()
+        assert model.answer(said, **LIMIT) == expected
+        ids = encode_prompt(talk, model.style, model.tokenizer)
+        assert read[0] < len(ids) / 2 or turn < 2  # after a row that was worth keeping
+        read.clear()
+        assert "".join(model.stream(talk, **LIMIT)) == expected
+        assert read[0] == (1 if len(ids) > WORTH_KEEPING else len(ids))
+        said.append({"role": "assistant", "content": expected})
+    with pytest.raises(InputError, match=r"messages\[0\]\.role: 'assistant' cannot come first"):
+        model.answer(said[-1:], **LIMIT)
+    assert model.answer(Entry("Say it", "twice", ""), **LIMIT) == model.answer(
+        "Say it", "twice", **LIMIT
+    )
+
+
+def test_history_is_cut_on_request_alone(model: AnsweringModel) -> None:
+    turn = [{"role": "user", "content": "word " * 20}, {"role": "assistant", "content": "x"}]
+    talk = [{"role": "system", "content": "Be brief."}, *turn * 8, turn[0]]
+    with pytest.raises(InputError, match="context"):
+        model.answer(talk, **LIMIT)
+    short, cut = model.cut_history(talk, **LIMIT)
+    assert 0 < cut < 8
+    assert short.messages[0].content == "Be brief."
+    assert len(short.messages) == 2 + 2 * (8 - cut)
+    assert model.answer(short, **LIMIT)
+    assert model.cut_history(short, **LIMIT) == (short, 0)
+
+
+def test_a_model_that_was_trained_on_reads_anew(model: AnsweringModel) -> None:
+    talk = [{"role": "user", "content": "Say it " + "once more " * 20}]
+    model.answer(talk, **LIMIT)
+    with torch.no_grad():
+        model.model.tok_emb.weight.mul_(1.5)
+    asked = Conversation(tuple(talk))
+    assert model.answer(talk, **LIMIT) == model.answer([asked], **LIMIT)[0]
+    with torch.no_grad():
+        model.model.tok_emb.weight.div_(1.5)
 
 
 def test_settings_are_those_of_generation(model: AnsweringModel) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning_sft.common.errors import InputError
 from lightning_sft.decoding.batch import RunningBatch
 from lightning_sft.decoding.generation import GenerationConfig, generate
-from lightning_sft.models.gpt2 import GPTModel
+from lightning_sft.models.gpt2 import GPTConfig, GPTModel
 from lightning_sft.serving import sampling
 from lightning_sft.serving.engine import Engine, QueueFullError, StoppingError
 from lightning_sft.serving.job import Job, TokenEvent
@@ -475,3 +475,46 @@ def test_the_cache_takes_no_more_than_twice_what_it_holds(model):
     assert batch.cache.room == (8, 6)
     assert batch.feed(batch.logits.argmax(-1), []) == []
     assert batch.cache is None  # and nothing when it holds nothing
+
+
+# --- The next turn of a conversation ---
+
+
+def test_a_next_turn_reads_only_what_is_new(make_model):
+    """Also after an answer that was cut short, beside others, and once what was kept is lost."""
+    config = GPTConfig(vocab_size=61, context_length=400, emb_dim=24, n_heads=3, n_layers=2)
+    model = make_model(config, dtype=torch.float64).requires_grad_(False)
+    desk = Desk(model)
+    talks = [[(7 * place + k * k) % 61 for k in range(40)] for place in range(4)]
+    for turn in range(5):
+        jobs = [job(talk, max_new_tokens=8 + place) for place, talk in enumerate(talks)]
+        desk.engine.submit(jobs)
+        for _ in range(4):
+            desk.turn()
+        jobs[3].cancel()
+        if turn == 3:
+            desk.engine.lanes["m"].kept.clear()
+        desk.finish()
+        for place, one in enumerate(jobs):
+            most = {"max_new_tokens": len(desk.tokens[one])}
+            assert desk.tokens[one] == alone(model, one.prompt, **most)
+            assert len(desk.tokens[one]) == (4 if place == 3 else 8 + place)
+            before = len(one.prompt) - 6
+            assert one.reused == (0 if turn == 0 else before + (place == 3) - 1)
+            talks[place] = [*one.prompt, *desk.tokens[one], *[turn, 1, 2, 3, 4, place]]
+
+
+def test_what_could_not_be_kept_is_read_again(make_model, monkeypatch, capsys):
+    config = GPTConfig(vocab_size=61, context_length=400, emb_dim=24, n_heads=3, n_layers=2)
+    model = make_model(config, dtype=torch.float64).requires_grad_(False)
+    desk = Desk(model)
+    monkeypatch.setattr(RunningBatch, "keep", lambda *_: 1 / 0)
+    first = job([1] * 50)
+    desk.engine.submit([first])
+    desk.finish()
+    assert desk.ends[first] == "length"
+    assert "could not be kept" in capsys.readouterr().err
+    again = job([1] * 50)
+    desk.engine.submit([again])
+    desk.finish()
+    assert (again.reused, desk.tokens[again]) == (0, desk.tokens[first])

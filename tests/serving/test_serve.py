@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import http.client
 import json
 import os
@@ -22,10 +23,13 @@ import pytest
 import torch
 
 from lightning_sft.common.errors import InputError, ServiceError
+from lightning_sft.data.conversation import Conversation, Message
+from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 from lightning_sft.decoding.batch import RunningBatch
+from lightning_sft.decoding.generation import generate
 from lightning_sft.decoding.settings import GenerationConfig
 from lightning_sft.models.gpt2 import GPTModel
 from lightning_sft.serving.answers import Stream
@@ -350,6 +354,7 @@ def test_a_conversation_as_a_prompt(model, style, expected):
 # --- Refusals ---
 
 USER = [{"role": "user", "content": "Hi"}]
+ANSWER = [{"role": "assistant", "content": "Yes."}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -537,6 +542,106 @@ def test_which_addresses_need_a_token(monkeypatch):
             with pytest.raises(InputError) as error:
                 check_address(host)
             assert weak not in str(error.value)
+
+
+# --- Five turns ---
+
+
+def in_turn(served: Served, client: Any, layout: str, model: Any, **settings: Any) -> list[Any]:
+    """The usage of each of five turns, whose answers are those of one pass with nothing kept."""
+    style, said, usages = get_style(layout), [Message("system", "Be brief.")], []
+    sent: list[Any] = [{"role": "system", "content": "Be brief."}]
+    for turn in range(5):
+        given = "some text" if turn == 1 else ""
+        said.append(Message("user", f"Question {turn}, then?", input=given))
+        sent.append({"role": "user", "content": f"Question {turn}, then?"})
+        sent[-1] |= {"input": given} if given else {}
+        ids = encode_prompt(Conversation(tuple(said)), style, TOKENIZER)
+        found = generate(model, [ids], max_new_tokens=10, **settings)[0]
+        expected = style.extract(TOKENIZER.decode(found))
+        reply = ask(client, "", messages=sent, max_tokens=10, **settings)
+        assert reply.choices[0].message.content == expected
+        assert reply.usage.prompt_tokens == len(ids)
+        assert not hasattr(reply, "cut_turns")
+        usages.append(reply.usage)
+        said.append(Message("assistant", expected))
+        sent.append({"role": "assistant", "content": expected})
+    return usages
+
+
+@pytest.mark.parametrize("style", ["alpaca", "chatml"])
+def test_five_turns_are_those_of_one_uncached_pass(style):
+    """And before the fifth answer begins hardly more is read than before the first."""
+    model = make_talker(config=dataclasses.replace(SMALL, context_length=512))
+    with serving({"mine": model}, style) as running, connect(running) as client:
+        for settings in ({}, {"temperature": 1.5, "seed": 3}):
+            running.wait_idle()
+            running.engine.lanes["mine"].kept.clear()
+            usages = in_turn(running, client, style, model, **settings)
+            read = [one.prompt_tokens - one.prompt_tokens_details.cached_tokens for one in usages]
+            assert read[0] == usages[0].prompt_tokens
+            assert read[4] <= 2 * read[0]
+            assert usages[4].prompt_tokens > 4 * read[4]
+
+
+def test_nothing_is_kept_where_there_is_no_room_for_it(model):
+    limits = Limits(kept_bytes=0)
+    with serving({"mine": model}, limits=limits) as running, connect(running) as client:
+        for _ in range(2):
+            usage = ask(client, "Name a colour, or another one. " * 4).usage
+            assert usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_turns_that_do_not_fit_are_left_out_and_counted(served, client, model):
+    turn = [{"role": "user", "content": "word " * 30}, {"role": "assistant", "content": "x"}]
+    system = {"role": "system", "content": "Be brief."}
+    messages: list[Any] = [system, *turn * 7, {"role": "user", "content": "And now?"}]
+    reply = ask(client, "", messages=messages)
+    cut = reply.cut_turns
+    assert 0 < cut < 7
+    short = [system, *messages[1 + 2 * cut :]]
+    again = ask(client, "", messages=short)
+    assert not hasattr(again, "cut_turns")
+    assert again.usage.prompt_tokens == reply.usage.prompt_tokens <= SMALL.context_length - 20
+    assert again.choices[0].message.content == reply.choices[0].message.content
+    chunks = list(ask(client, "", messages=messages, stream=True))
+    assert {chunk.cut_turns for chunk in chunks} == {cut}
+    assert text_of(chunks) == reply.choices[0].message.content
+    _, shown, _ = served.send("/v1/chat/prompt", {"messages": messages, "max_tokens": 20})
+    assert (shown["cut_turns"], shown["prompt_tokens"]) == (cut, reply.usage.prompt_tokens)
+    assert shown["prompt"].count("### Instruction:") == 8 - cut
+    longest = Limits(prompt_tokens=70)
+    with serving({"mine": model}, limits=longest) as running, connect(running) as other:
+        assert ask(other, "", messages=messages).usage.prompt_tokens <= 70
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "words"),
+    [
+        ([*USER, *ANSWER, *ANSWER, *USER], "messages", "messages[2] is the assistant's"),
+        ([*ANSWER, *USER], "messages", "messages[0] is the assistant's, and must be the user's"),
+        ([{"role": "critic", "content": "x"}], "messages[0].role", "must be system, developer"),
+        ([*USER, {"role": "assistant", "content": " "}, *USER], "messages[1].content", "is empty"),
+        ([*USER, {"role": "assistant", "content": None}, *USER], "messages[1].content", "string"),
+        ([*USER, *ANSWER], "messages", "must end with the user's message"),
+        ([{"role": "system", "content": "x"}], "messages", "must end with the user's message"),
+        ([USER[0] | {"input": 7}], "messages[0].input", "must be a string"),
+        ([*USER, ANSWER[0] | {"input": "x"}, *USER], "messages[1].input", "not supported"),
+    ],
+)
+def test_conversations_in_no_order_are_refused(served, messages, param, words):
+    for path in (CHAT, "/v1/chat/prompt"):
+        status, reply, _ = served.send(path, {"messages": messages})
+        assert (status, reply["error"]["param"]) == (400, param)
+        assert words in reply["error"]["message"]
+        assert "\n" not in reply["error"]["message"]
+
+
+def test_a_blank_system_message_says_nothing(served):
+    blank = [{"role": "system", "content": ""}, *USER]
+    _, with_it, _ = served.send("/v1/chat/prompt", {"messages": blank})
+    _, without, _ = served.send("/v1/chat/prompt", {"messages": USER})
+    assert with_it["prompt"] == without["prompt"]
 
 
 # --- Limits ---

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from lightning_sft.data.conversation import Conversation, Message
+from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.tokenizer import gpt2_tokenizer
@@ -348,3 +350,47 @@ def test_a_server_that_goes_away_is_said(browser):
     ask(browser, "Hi")
     assert "fault" in find(browser, ".facts").get_attribute("class")
     assert find(browser, ".facts").text
+
+
+# --- Conversations ---
+
+
+def ask_turns(browser, system: str, questions: list[str], count: int) -> None:
+    """Each answer against one pass over all that was said before, by a model of its own."""
+    model, style, tokenizer = make_talker(), get_style("chatml"), gpt2_tokenizer()
+    said = [Message("system", system)]
+    set_field(browser, "system", system)
+    set_field(browser, "max_tokens", f"{count}")
+    for place, question in enumerate(questions):
+        ask(browser, question)
+        said.append(Message("user", question))
+        ids = encode_prompt(Conversation(tuple(said)), style, tokenizer)
+        expected = style.extract(tokenizer.decode(generate(model, [ids], max_new_tokens=count)[0]))
+        assert answers(browser)[place] == expected
+        said.append(Message("assistant", expected))
+
+
+def test_five_turns_with_a_system_prompt(browser):
+    with serving({"only": make_talker()}, "chatml") as running:
+        open_page(browser, running)
+        assert find(browser, "#earlier").get_attribute("checked")  # the style closes answers
+        assert "go along" in find(browser, "#turns-note").text
+        ask_turns(browser, "Be brief.", ["One?", "Two?", "Three?", "Four?", "Five?"], 6)
+        assert "system prompt" in find(browser, "#settings-note").text
+        assert "left out" not in find(browser, "#log").text
+        find_all(browser, ".answer summary")[-1].click()
+        shown = find_all(browser, ".answer pre")[-1]
+        wait_for(lambda: shown.text != "")
+        assert shown.get_attribute("textContent").startswith("<|im_start|>system\nBe brief.")
+        assert shown.get_attribute("textContent").count("<|im_start|>user") == 5
+
+
+def test_turns_that_no_longer_fit_are_said(browser):
+    with serving({"only": make_talker()}, "chatml") as running:
+        open_page(browser, running)
+        set_field(browser, "max_tokens", "6")
+        for place in range(4):
+            ask(browser, f"Question {place} " + "and more " * 25)
+        notes = [facts.text for facts in find_all(browser, ".facts")]
+        assert "left out" not in notes[0] + notes[1]
+        assert notes[-1].endswith("the oldest 2 turns left out, for want of context")
