@@ -3,8 +3,8 @@
 >>> attend(query, key, value)  # (B, H, T, E) each, or fewer key than query heads: (B, H, T, E)
 
 Both ways compute softmax(Q Kᵀ / √E) V (listing 3.5 of "Build a Large Language Model (From
-Scratch)"). The fused kernel never holds the (T, S) scores of a head as a whole; written out they
-are held, which is quicker on a CPU for the short rows of instruction data in half precision.
+Scratch)"). The fused kernel never holds the (T, S) scores of a head as a whole. Written out they
+are held, which is quicker on a CPU for short rows in half precision while a model answers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def attend(
 
 
 def _is_quicker_written_out(query: torch.Tensor, key: torch.Tensor) -> bool:
-    if query.device.type != "cpu" or query.dtype is not torch.bfloat16:
+    if query.device.type != "cpu" or query.dtype is not torch.bfloat16 or torch.is_grad_enabled():
         return False
     if query.shape[2] == 1:  # a step of decoding: there are hardly any scores, however long the row
         return query.shape[0] > 1 or key.shape[2] > 256

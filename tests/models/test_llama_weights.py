@@ -149,7 +149,7 @@ PUBLISHED = {
         "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
         "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
     },
-    "qwen3-0.6b": {
+    "qwen3-0.6b-instruct": {
         "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
         "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960,
         "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28,
@@ -182,7 +182,7 @@ def test_published_configs(name):
             "rope_type 'linear' is not supported; allowed: llama3",
         ),
         (
-            "qwen3-0.6b",
+            "qwen3-0.6b-instruct",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
             "rope_type 'yarn' is not supported; allowed: llama3",
         ),

@@ -22,6 +22,8 @@ def run(tmp_path: Path) -> Namespace:
     return Namespace(
         data=str(runs.write_data(tmp_path / "data.json")),
         architecture=dict(runs.TINY),
+        tokenizer="",
+        style="alpaca",
         steps=1,
         new_tokens=3,
         prompts=4,

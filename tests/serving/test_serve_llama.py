@@ -126,7 +126,8 @@ def test_earlier_turns_and_a_system_message(client, served, model):
     reply = ask(client, "", messages=messages)
     assert reply.choices[0].finish_reason in ("stop", "length")
     _, shown, _ = served.send("/v1/chat/prompt", {"model": "mine", "messages": messages})
-    first = "".join(model.style.split(Entry("Be brief.\n\nSay it 1 times", "", ANSWER)))
+    system = model.style.system.replace("{system}", "Be brief.")
+    first = system + "".join(model.style.split(Entry("Say it 1 times", "", ANSWER)))
     last = model.style.prompt(Entry("Say it 2 times", "", ""))
     assert shown["prompt"] == first + model.style.turn_end + last
 
