@@ -1,4 +1,4 @@
-"""Entries tokenized by several processes: the same rows, the same first error, nothing left over."""
+"""Entries tokenized by several processes: the same rows and first error, and nothing left over."""
 
 from __future__ import annotations
 
