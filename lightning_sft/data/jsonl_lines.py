@@ -64,13 +64,20 @@ class LineRecords:
         self._stamp = _stamp(os.stat(path))  # noqa: PTH116 - as of an open file
 
     def __iter__(self) -> Iterator[Any]:
-        return (record for _, record in self.located())
+        return (record for _, record in self.located(is_shown=False))
 
-    def located(self) -> Iterator[tuple[int, Any]]:
-        """Each record with the byte that its line begins with."""
+    def located(self, *, is_shown: bool = True) -> Iterator[tuple[int, Any]]:
+        """Each record with the byte that its line begins with; a bar at a terminal."""
+        from tqdm import tqdm
+
         count = 0
-        with files.open_regular(self.path) as file:
+        hide = None if is_shown else True  # None: where there is no terminal
+        with (
+            files.open_regular(self.path) as file,
+            tqdm(None, "Reading", self._stamp[0], unit="B", unit_scale=True, disable=hide) as bar,
+        ):
             for number, (begin, line) in enumerate(_lines(file), start=1):
+                bar.update(len(line) + 1)
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
