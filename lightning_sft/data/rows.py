@@ -106,12 +106,12 @@ class TokenRows(Sequence[Row]):
     def from_rows(cls, rows: Sequence[Row]) -> TokenRows:
         """Lay rows end to end: 4 bytes a token, where lists of integers take 8 and more."""
         lengths = [len(row.ids) for row in rows]
-        flat = np.fromiter((token for row in rows for token in row.ids), np.int32, sum(lengths))
+        parts = [np.asarray(row.ids, np.int32) for row in rows]
         # A row without loss gets an empty span, as one without a span is a plain row.
         spans = [() if row.spans is None else row.spans or (_NO_LOSS,) for row in rows]
         every = [span for part in spans for span in part]
         return cls(
-            ids=flat,
+            ids=np.concatenate(parts) if parts else np.empty(0, np.int32),
             offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64),
             prompt_lengths=np.array([row.prompt_length for row in rows], np.int32),
             indices=np.array([row.index for row in rows], np.int32),

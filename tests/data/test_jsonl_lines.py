@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data import jsonl_lines
 from lightning_sft.data.config import DataConfig
+from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.entries import Entry, read_entry_file
 from lightning_sft.data.jsonl_lines import JoinedEntries, LineEntries, join_entries
 
@@ -170,3 +172,23 @@ def test_splits_are_cut_as_ever_and_held_by_nobody(tmp_path, stream, monkeypatch
     small = DataConfig(str(path), val_path=str(own)).read().splits
     assert not any(isinstance(part, list) for part in large)
     assert [list(part) for part in large] == [list(part) for part in small]
+
+
+def test_training_and_answering_see_what_they_see_of_a_small_file(tmp_path, monkeypatch):
+    lines = [
+        json.dumps({"instruction": f"i{k}" * (k % 5 + 1), "output": f"o{k}"}) for k in range(60)
+    ]
+    path = write(tmp_path, "\n".join(lines))
+    seen = []
+    for threshold in (0, 1 << 40):
+        monkeypatch.setattr(jsonl_lines, "STREAM_FROM", threshold)
+        data = InstructionDataModule(str(path), share_prefix=True, mask_prompt=True)
+        data.setup("fit")
+        assert isinstance(data.split("train"), list) is (threshold > 0)
+        batches = [*data.train_dataloader(), *data.val_dataloader()]
+        prompts = [batch["prompts"] for batch in data.predict_dataloader()]
+        seen.append((batches, prompts, data.rows("train").fingerprint(), data.split("val")[0]))
+    (batches, *rest), (expected, *expected_rest) = seen
+    assert rest == expected_rest
+    for batch, other in zip(batches, expected, strict=True):
+        assert all(torch.equal(torch.as_tensor(batch[k]), torch.as_tensor(other[k])) for k in other)
