@@ -202,9 +202,13 @@ def _print_table(config: DataConfig, counts: dict[str, SplitCounts], texts: Spli
         ("prompts also in test", lambda name, c: len(leaks.get((name, "test"), []))),
         ("texts with a header", lambda name, c: len(texts.with_header[name])),
     ]
-    print(f"{'':<24}" + "".join(f"{name:>10}" for name in counts))
-    for label, value in lines:
-        print(f"{label:<24}" + "".join(f"{value(name, c):>10,}" for name, c in counts.items()))
+    table = [
+        (label, [f"{value(name, c):,}" for name, c in counts.items()]) for label, value in lines
+    ]
+    # Of millions of entries the tokens take more room than a column has.
+    width = max(10, *(len(cell) + 2 for _, cells in table for cell in cells))
+    for label, cells in [("", list(counts)), *table]:
+        print(f"{label:<24}" + "".join(f"{cell:>{width}}" for cell in cells))
     total = len(texts.repeats(*Splits._fields))
     print(f"\n{total} repeated instruction-input pairs in all three together")
 

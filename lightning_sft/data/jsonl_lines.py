@@ -128,7 +128,7 @@ class _Source:
     names: dict[str, str]
     may_lack_answer: bool
 
-    def open(self) -> BinaryIO:
+    def connect(self) -> BinaryIO:
         try:
             file = files.open_regular(self.path)
         except OSError as error:
@@ -166,11 +166,11 @@ class LineEntries(Sequence[Example]):
     def __getitem__(self, place: int | slice) -> Example | LineEntries:
         if isinstance(place, slice):
             return LineEntries(self._source, self._begins[place])
-        with self._source.open() as file:
+        with self._source.connect() as file:
             return self._source.read(file, int(self._begins[place]))
 
     def __iter__(self) -> Iterator[Example]:
-        with self._source.open() as file:
+        with self._source.connect() as file:
             for begin in self._begins:
                 yield self._source.read(file, int(begin))
 
