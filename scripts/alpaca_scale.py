@@ -41,8 +41,12 @@ WORDS = TEXT.split()
 ARCHITECTURE = {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "context_length": 512}
 
 
-def make_entries(count: int, rng: random.Random) -> list[dict[str, str]]:
-    """Entries whose answers have the wanted mean length and a log-normal tail."""
+def make_entries(count: int, rng: random.Random, first: int = 0) -> list[dict[str, str]]:
+    """Entries whose answers have the wanted mean length and a log-normal tail.
+
+    Args:
+        first: The number that the first one carries in its text, so that none is there twice.
+    """
     raw = [rng.lognormvariate(0.0, SPREAD) for _ in range(count)]
     scale = MEAN_ANSWER * count / sum(raw)
     for _ in range(20):  # cutting the tail lowers the mean; scale until it is right again
@@ -54,7 +58,7 @@ def make_entries(count: int, rng: random.Random) -> list[dict[str, str]]:
             "input": make_text(rng.expovariate(1 / 65), rng) if rng.random() < 0.4 else "",
             "output": make_text(length, rng),
         }
-        for number, length in enumerate(lengths)
+        for number, length in enumerate(lengths, first)
     ]
 
 
@@ -66,6 +70,18 @@ def make_text(length: float, rng: random.Random) -> str:
         words.append(WORDS[min(int(rng.expovariate(4 / len(WORDS))), len(WORDS) - 1)])
         left -= len(words[-1]) + 1
     return " ".join(words)
+
+
+def write_data(path: Path, count: int) -> None:
+    """The entries as the chapter's file is laid out or, for any number of them, as JSONL."""
+    rng = random.Random(SEED)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(make_entries(count, rng), indent=4))
+        return
+    with path.open("w") as file:
+        for begin in range(0, count, ENTRIES):
+            for entry in make_entries(min(ENTRIES, count - begin), rng, begin):
+                file.write(json.dumps(entry) + "\n")
 
 
 def run_measured(name: str, count: int, *arguments: str, **environment: str) -> str:
@@ -92,19 +108,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("alpaca-scale"))
     parser.add_argument("--entries", type=int, default=ENTRIES)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jsonl", action="store_true", help="write JSONL, which is not held")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     os.chdir(options.out)
     shutil.rmtree("cache", ignore_errors=True)
-    entries = make_entries(options.entries, random.Random(SEED))
-    Path("alpaca-like.json").write_text(json.dumps(entries, indent=4))
-    answers = [len(entry["output"]) for entry in entries]
-    size = Path("alpaca-like.json").stat().st_size / 1e6
-    print(f"{len(entries):,} entries, {size:.0f} MB, answers of {sum(answers) / len(answers):.0f}")
-    print(f"characters on average, {max(answers):,} at most; load {os.getloadavg()[0]:.1f}\n")
+    path = Path("alpaca-like.jsonl" if options.jsonl else "alpaca-like.json")
+    write_data(path, options.entries)
+    size, load = path.stat().st_size / 1e6, os.getloadavg()[0]
+    print(f"{options.entries:,} entries, {size:.0f} MB; load {load:.1f}\n")
     configs = Path(__file__).resolve().parent.parent / "configs"
     data = [f"--config={configs / 'gpt2-small.yaml'}", f"--config={configs / 'alpaca-52k.yaml'}"]
-    data += ["--data.path=alpaca-like.json"]
+    data += [f"--data.path={path}"]
     few = ["--model.weights=null", f"--model.architecture={json.dumps(ARCHITECTURE)}"]
     few += [
         "--trainer.max_steps=3",

@@ -35,11 +35,10 @@ from lightning_sft.data.counting import (
 from lightning_sft.data.encoding import check_style
 from lightning_sft.data.entries import Splits
 from lightning_sft.data.faults import (
+    SplitTexts,
     find_faults,
-    find_header_texts,
     find_headers,
-    find_leaks,
-    find_repeats,
+    read_texts,
     write_clean,
 )
 from lightning_sft.data.find_tokenizer import tokenizer_of_model
@@ -92,11 +91,12 @@ def inspect(arguments: list[str]) -> int:
             show_entries(found, options.split, config, tokenizer)
         return 0
     counts = {name: count_split(part, config, style, tokenizer) for name, part in rows.items()}
-    _print_table(config, counts, splits)
+    texts = read_texts(splits, find_headers(config.style()))
+    _print_table(config, counts, texts)
     for line in [*data.notes, *describe_skipped(data.skipped)]:
         print(line)
     _print_lengths(rows["train"].lengths)
-    findings = find_faults(splits, counts, config)
+    findings = find_faults(texts, counts, config)
     try:
         for name, part in rows.items():
             trained, _ = take_rows(part, config, style, tokenizer, f"{name} split")
@@ -166,14 +166,13 @@ def count_devices(devices: list[int] | str | int) -> int:
     return max(int(devices), 1) if str(devices).isdecimal() else 1
 
 
-def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Splits) -> None:
+def _print_table(config: DataConfig, counts: dict[str, SplitCounts], texts: SplitTexts) -> None:
     style = config.style()
     header = "in the prompt" if config.header_in_prompt else "written by the model"
     loss = "the answer" if config.mask_prompt else "prompt and answer"
     paths = ", ".join(source.path for source in config.sources())
     print(f"{paths}\nprompt style {style.name}, header {header}, loss on {loss}\n")
-    leaks, headers = find_leaks(splits), find_headers(style)
-    entries = splits._asdict()
+    leaks = texts.leaks()
     is_cut, is_dropped = config.overlong == "truncate", config.overlong == "drop"
     has_more = any(c.rows != c.entries for c in counts.values())
     lines: list[tuple[str, Callable[[str, SplitCounts], int]]] = [
@@ -188,15 +187,19 @@ def _print_table(config: DataConfig, counts: dict[str, SplitCounts], splits: Spl
         ("without end-of-text", lambda name, c: len(c.overlong) * is_cut),
         ("without answer", lambda name, c: len(c.answerless)),
         ("without target", lambda name, c: len(c.without_target)),
-        ("repeated prompts", lambda name, c: len(find_repeats(entries[name]))),
+        ("repeated prompts", lambda name, c: len(texts.repeats(name))),
         ("prompts also in train", lambda name, c: len(leaks.get((name, "train"), []))),
         ("prompts also in test", lambda name, c: len(leaks.get((name, "test"), []))),
-        ("texts with a header", lambda name, c: len(find_header_texts(entries[name], headers))),
+        ("texts with a header", lambda name, c: len(texts.with_header[name])),
     ]
-    print(f"{'':<24}" + "".join(f"{name:>10}" for name in counts))
-    for label, value in lines:
-        print(f"{label:<24}" + "".join(f"{value(name, c):>10,}" for name, c in counts.items()))
-    total = len(find_repeats([entry for part in splits for entry in part]))
+    table = [
+        (label, [f"{value(name, c):,}" for name, c in counts.items()]) for label, value in lines
+    ]
+    # Of millions of entries the tokens take more room than a column has.
+    width = max(10, *(len(cell) + 2 for _, cells in table for cell in cells))
+    for label, cells in [("", list(counts)), *table]:
+        print(f"{label:<24}" + "".join(f"{cell:>{width}}" for cell in cells))
+    total = len(texts.repeats(*Splits._fields))
     print(f"\n{total} repeated instruction-input pairs in all three together")
 
 
@@ -241,16 +244,13 @@ def _describe_batches(
     if config.mixture:
         lengths = rows.lengths.clip(max=config.max_length)
         lines += describe_mixture(config.sources(), stretches, lengths)
+    padded = free = tree = 0
     # Each device pads its own share of a batch.
-    parts = [
-        [list(map(int, rows[place].ids[: config.max_length])) for place in row_places(share)]
-        for batch in order.plan(epoch=0)[:batches]
-        for share in batch
-    ]
-    padded, free, tree = (
-        sum(measure_batch(part, **layout).tokens for part in parts)
-        for layout in ({}, {"padding_free": True}, {"share_prefix": True})
-    )
+    for share in (share for batch in order.plan(epoch=0)[:batches] for share in batch):
+        part = [rows[place].ids[: config.max_length] for place in row_places(share)]
+        padded += measure_batch(part).tokens
+        free += measure_batch(part, padding_free=True).tokens
+        tree += measure_batch(part, share_prefix=True).tokens
     return "\n".join(
         [
             *lines,

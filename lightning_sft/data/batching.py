@@ -19,9 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lightning_sft.data.loader import Batch
+from lightning_sft.data.prefix_tree import NO_TOKEN, find_shared, side_by_side
 from lightning_sft.data.rows import Row, Span
 from lightning_sft.data.tokenizer import END_OF_TEXT
 
@@ -50,28 +53,12 @@ def collate(
         `input_ids` and `targets`, both (B, T) int64; and `weights`, (B, T) float32, what each
         target counts, where some count other than 1.
     """
-    sequences = _sequences(rows, eos_token_id, max_length, mask_prompt)
-    longest = max(len(ids) for ids, _ in sequences) - 1  # the last token is a target only
-    # Figure 7.8: every row as long as the longest of its own batch, not of the whole data set.
-    input_ids = torch.full((len(rows), longest), pad_token_id)  # (B, T)
-    targets = torch.full((len(rows), longest), ignore_index)  # (B, T)
-    weights = None
-    if any(span.weight != 1.0 for _, spans in sequences for span in spans):
-        weights = torch.zeros(targets.shape)  # (B, T)
-    for place, (ids, spans) in enumerate(sequences):
-        row = torch.as_tensor(ids)
-        # Figure 7.10: the target of each token is the one behind it. What stays unwritten in
-        # `targets` is padding, which figure 7.12 sets to -100 but for the first end-of-text.
-        input_ids[place, : len(ids) - 1] = row[:-1]
-        for span in spans:
-            # A prompt's last token predicts the first of the answer, so it keeps its target; a
-            # row's first token is predicted from nothing.
-            first, end = max(span.start, 1), min(span.end, len(ids))
-            targets[place, first - 1 : max(end, first) - 1] = row[first:end]
-            if weights is not None:
-                weights[place, first - 1 : max(end, first) - 1] = span.weight
-    batch = {"input_ids": input_ids, "targets": targets}
-    return batch if weights is None else batch | {"weights": weights}
+    ids, lengths, spans = _sequences(rows, eos_token_id, max_length, mask_prompt)
+    # Figure 7.8: every row as long as the longest of its own batch, not of the whole data set. The
+    # last token of each is a target only.
+    is_input = np.arange(ids.shape[1] - 1) < lengths[:, None] - 1  # (B, T)
+    input_ids = np.where(is_input, ids[:, :-1], pad_token_id)
+    return {"input_ids": torch.from_numpy(input_ids), **_targets(ids, lengths, spans, ignore_index)}
 
 
 def pack(
@@ -95,16 +82,13 @@ def pack(
         `gather` (B, T), where each row's tokens are among the N; `scatter` (N,), one place of each
         of the N in (B, T).
     """
-    padded = collate(
-        rows,
-        eos_token_id=eos_token_id,
-        ignore_index=ignore_index,
-        max_length=max_length,
-        mask_prompt=mask_prompt,
-    )
-    inputs = [ids[:-1] for ids, _ in _sequences(rows, eos_token_id, max_length, mask_prompt)]
-    del padded["input_ids"]
-    return padded | lay_out(inputs, share_prefix=share_prefix)
+    ids, lengths, spans = _sequences(rows, eos_token_id, max_length, mask_prompt)
+    targets = _targets(ids, lengths, spans, ignore_index)
+    inputs = ids[:, :-1].copy()  # (B, T)
+    # The last token of each row is a target only; that of the longest is cut off already.
+    shorter = np.flatnonzero(lengths < ids.shape[1])
+    inputs[shorter, lengths[shorter] - 1] = NO_TOKEN
+    return targets | _lay_out(inputs, lengths - 1, share_prefix)
 
 
 def lay_out(rows: Sequence[Sequence[int]], *, share_prefix: bool) -> dict[str, torch.Tensor]:
@@ -113,30 +97,30 @@ def lay_out(rows: Sequence[Sequence[int]], *, share_prefix: bool) -> dict[str, t
     Returns:
         `input_ids` (N,), `positions` (N,), `gather` (B, T) and `scatter` (N,), as `pack` has them.
     """
-    width = max(map(len, rows))
-    # A node of the tree is a token behind its parent node; equal ones are one node.
-    node_of: dict[tuple[int, int], int] = {}
-    input_ids: list[int] = []
-    positions: list[int] = []
-    scatter: list[int] = []
-    gather = torch.zeros(len(rows), width, dtype=torch.int64)
-    for place, ids in enumerate(rows):
-        path: list[int] = []  # the nodes of this row's tokens, from its first to its last
-        parent = -1 if share_prefix else -1 - place  # a root for all rows, or one for each
-        for position, token in enumerate(ids):
-            node = node_of.setdefault((parent, token), len(input_ids))
-            if node == len(input_ids):
-                input_ids.append(token)
-                positions.append(position)  # its depth, which is its place in every row
-                scatter.append(place * width + position)
-            path.append(node)
-            parent = node
-        gather[place, : len(path)] = torch.tensor(path)  # the rest, 0, has no loss
+    return _lay_out(*side_by_side(rows), share_prefix)
+
+
+def _lay_out(
+    ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], share_prefix: bool
+) -> dict[str, torch.Tensor]:
+    """`lay_out` of (B, T) ids, of which each row has so many, `NO_TOKEN` behind them."""
+    places = np.arange(ids.shape[1])  # (T,)
+    shared, donors = find_shared(ids) if share_prefix else (np.zeros_like(lengths), [])
+    shared = np.minimum(shared, lengths)
+    # What a row does not share with a row above it is computed; the N tokens are numbered row by
+    # row, so that a path's tokens come in their order.
+    is_new = (places >= shared[:, None]) & (places < lengths[:, None])  # (B, T)
+    scatter = np.flatnonzero(is_new)
+    gather = np.zeros(ids.shape, np.int64)  # what stays 0 is filling, which has no loss
+    gather[is_new] = np.arange(len(scatter))
+    for row in np.flatnonzero(shared).tolist():  # a row above is finished when it is copied from
+        length = shared[row]
+        gather[row, :length] = gather[donors[row], :length]
     return {
-        "input_ids": torch.tensor(input_ids),
-        "positions": torch.tensor(positions),
-        "gather": gather,
-        "scatter": torch.tensor(scatter),
+        "input_ids": torch.from_numpy(ids[is_new]),
+        "positions": torch.from_numpy(np.broadcast_to(places, ids.shape)[is_new]),
+        "gather": torch.from_numpy(gather),
+        "scatter": torch.from_numpy(scatter),
     }
 
 
@@ -145,17 +129,45 @@ def _sequences(
     eos_token_id: int,
     max_length: int | None,
     mask_prompt: bool,
-) -> list[tuple[list[int], Sequence[Span]]]:
-    """Ids with end-of-text, and where their loss is, of every row."""
-    sequences = []
-    for row in rows:
-        row = row if isinstance(row, Row) else Row(row)
-        ids = [*map(int, row.ids), eos_token_id]
-        if max_length is not None:
-            ids = ids[: max_length + 1]  # the last input still has its target
-        # Repeats, which only even out the ranks, have none.
-        sequences.append((ids, () if row.index < 0 else row.loss_spans(mask_prompt)))
-    return sequences
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[Sequence[Span]]]:
+    """Every row with its end-of-text token: (B, T + 1) ids, `NO_TOKEN` behind them, (B,) how many
+    they are, and where their loss is."""
+    given = [row if isinstance(row, Row) else Row(row) for row in rows]
+    # The last input of a cut row still has its target.
+    most = max(len(row.ids) for row in given) + 1
+    most = most if max_length is None else min(most, max_length + 1)
+    ids, lengths = side_by_side([row.ids[:most] for row in given], width=most)
+    ends = np.flatnonzero(lengths < most)
+    ids[ends, lengths[ends]] = eos_token_id
+    lengths[ends] += 1
+    # Repeats, which only even out the ranks, have no loss.
+    spans = [() if row.index < 0 else row.loss_spans(mask_prompt) for row in given]
+    return ids, lengths, spans
+
+
+def _targets(
+    ids: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    spans: Sequence[Sequence[Span]],
+    ignore_index: int,
+) -> dict[str, torch.Tensor]:
+    """`targets` (B, T) and, where a weight is not 1, `weights` (B, T) of `_sequences`."""
+    # Figure 7.10: the target of each token is the one behind it. What stays unwritten is padding,
+    # which figure 7.12 sets to -100 but for the first end-of-text.
+    targets = np.full((len(ids), ids.shape[1] - 1), ignore_index)
+    weights = None
+    if any(span.weight != 1.0 for part in spans for span in part):
+        weights = np.zeros(targets.shape, np.float32)
+    for place, (part, length) in enumerate(zip(spans, lengths.tolist(), strict=True)):
+        for span in part:
+            # A prompt's last token predicts the first of the answer, so it keeps its target; a
+            # row's first token is predicted from nothing.
+            first, end = max(span.start, 1), min(span.end, length)
+            targets[place, first - 1 : max(end, first) - 1] = ids[place, first : max(end, first)]
+            if weights is not None:
+                weights[place, first - 1 : max(end, first) - 1] = span.weight
+    batch = {"targets": torch.from_numpy(targets)}
+    return batch if weights is None else batch | {"weights": torch.from_numpy(weights)}
 
 
 @dataclass(frozen=True)

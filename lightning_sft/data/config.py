@@ -10,7 +10,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -23,6 +23,7 @@ from lightning_sft.data.entries import (
     split_entries,
 )
 from lightning_sft.data.formats import Format
+from lightning_sft.data.jsonl_lines import join_entries
 from lightning_sft.data.mixture import Source, read_sources
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.segments import Masking
@@ -171,7 +172,7 @@ class DataConfig:
         skipped: dict[str, list[int]] = {}
         notes: list[str] = []
 
-        def read_file(source: Source | None) -> list[Example]:
+        def read_file(source: Source | None) -> Sequence[Example]:
             if source is None:
                 return []
             entries, skipped[source.path] = read_entry_file(
@@ -198,12 +199,13 @@ class DataConfig:
             optional = own if len(files) == 1 else ["val", "test"]
             parts = [split_entries(entries, self.fractions, optional) for entries in files]
         trained = [
-            part.train + (part.val if val else []) + (part.test if test else []) for part in parts
+            join_entries([part.train, part.val if val else [], part.test if test else []])
+            for part in parts
         ]
         splits = Splits(
-            train=[entry for entries in trained for entry in entries],
-            test=test or [entry for part in parts for entry in part.test],
-            val=val or [entry for part in parts for entry in part.val],
+            train=join_entries(trained),
+            test=test or join_entries([part.test for part in parts]),
+            val=val or join_entries([part.val for part in parts]),
         )
         for name, entries in splits._asdict().items():
             if not entries:

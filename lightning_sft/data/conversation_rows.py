@@ -55,8 +55,9 @@ def tokenize_questions(
     examples: Sequence[Example], style: PromptStyle, tokenizer: Tokenizer
 ) -> TokenRows:
     """What a model is given to answer each example: rows that are nothing but prompts."""
-    prompts = [encode_prompt(example, style, tokenizer) for example in examples]
-    rows = [Row(ids, len(ids), index) for index, ids in enumerate(prompts)]
+    # As arrays at once: 4 bytes a token, where a list takes 40.
+    prompts = (np.array(encode_prompt(example, style, tokenizer), np.int32) for example in examples)
+    rows = [Row(ids, len(ids), index) for index, ids in enumerate(prompts)]  # type: ignore[arg-type]
     return TokenRows.from_rows(rows)
 
 

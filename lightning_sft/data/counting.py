@@ -12,7 +12,6 @@ This module does not import torch.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.config import DataConfig
 from lightning_sft.data.encoding import encode_pieces
+from lightning_sft.data.prefix_tree import Ids, count_tree
 from lightning_sft.data.prompts import PromptStyle, Template
 from lightning_sft.data.rows import TokenRows
 from lightning_sft.data.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ class BatchShape(NamedTuple):
 
 
 def measure_batch(
-    ids: Sequence[list[int]], *, padding_free: bool = False, share_prefix: bool = False
+    ids: Sequence[Ids], *, padding_free: bool = False, share_prefix: bool = False
 ) -> BatchShape:
     """What a batch computes, padded by default.
 
@@ -165,25 +165,6 @@ def measure_batch(
     else:
         tokens = sum(map(len, ids)) if padding_free else len(ids) * width
     return BatchShape(tokens, len(ids), width)
-
-
-def count_tree(ids: Sequence[list[int]]) -> int:
-    """Tokens of the prefix tree of some rows: each distinct prefix is computed once.
-
-    Among sorted rows a row shares most with its neighbour, so what a row adds to the tree is what
-    it does not share with the row before it.
-    """
-    ordered = sorted(ids)
-    shared = sum(_count_common(left, right) for left, right in itertools.pairwise(ordered))
-    return sum(map(len, ordered)) - shared
-
-
-def _count_common(left: list[int], right: list[int]) -> int:
-    """Length of the prefix that two rows share."""
-    for place, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return place
-    return min(len(left), len(right))
 
 
 def limit_batches(batches: int, limit: int | float | None) -> int:

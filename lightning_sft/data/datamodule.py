@@ -11,6 +11,7 @@ same three loaders.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -185,7 +186,7 @@ class InstructionDataModule(L.LightningDataModule):
         assert self._data is not None
         return self._data.splits
 
-    def split(self, name: str) -> list[Example]:
+    def split(self, name: str) -> Sequence[Example]:
         """The entries of `train`, `val` or `test`."""
         return getattr(self.entries, name)
 
@@ -256,7 +257,7 @@ class InstructionDataModule(L.LightningDataModule):
         wanted = [int(i) for i in rows.indices if int(i) not in self.answered] or [0]
         # Rows of like length finish together; the response writer restores the file's order.
         by_length = sorted(wanted, key=lambda place: int(rows.prompt_lengths[place]))
-        rows = TokenRows.from_rows([rows[place] for place in by_length])
+        rows = rows.take(np.array(by_length))
         settings = self._device_settings() | {"pin_memory": False}  # lists, no tensors
         return EvalLoader(rows, collate_prompts, batch_size=self.predict_batch_size, **settings)
 

@@ -14,9 +14,10 @@ This module does not import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.conversation import Entry, Example, as_entry
@@ -28,6 +29,7 @@ from lightning_sft.data.formats import (
     settle_names,
 )
 from lightning_sft.data.hub_dataset import is_dataset
+from lightning_sft.data.jsonl_lines import LineRecords, is_streamed
 from lightning_sft.data.records import (
     BOOK_DATA_URL,
     KNOWN_SHA256,
@@ -55,15 +57,18 @@ __all__ = [
 class Splits(NamedTuple):
     """The three parts of a data set, each in file order."""
 
-    train: list[Example]
-    test: list[Example]
-    val: list[Example]
+    train: Sequence[Example]
+    test: Sequence[Example]
+    val: Sequence[Example]
 
 
 class EntryFile(NamedTuple):
-    """What one file holds: its entries, and the places in the file of those left out."""
+    """What one file holds: its entries, and the places in the file of those left out.
 
-    entries: list[Example]
+    Those of a large JSONL file are read when they are asked for.
+    """
+
+    entries: Sequence[Example]
     skipped: list[int]
 
 
@@ -116,7 +121,7 @@ def read_entry_file(
     if format == "instruction":
         settle_names(format, (), field_names)
     source = local_path(path)
-    records = read_records(source)
+    records = LineRecords(source) if is_streamed(source) else read_records(source)
     shown = path if is_dataset(path) else source  # a folder of the cache says nothing to anybody
     is_told = format != "auto"
     format = format if is_told else recognise(records, field_names)
@@ -128,23 +133,19 @@ def read_entry_file(
     names = settle_names(format, records, field_names)
     if "input" in names:
         check_input_name(records, names["input"], source)
-    if say is not None and (format != "instruction" or source.suffix not in (".json", ".jsonl")):
-        say(f"{shown}: {describe_format(source, len(records), format, is_told)}")
     # Entries are numbered by their place in the file, those that are left out included.
     entries: list[Example] = []
+    begins = array("q")  # of a large file the place of each entry is kept instead
     skipped: list[int] = []
-    for index, record in enumerate(records):
+    index, keep, may_be_blank = -1, empty_output == "keep", empty_output != "error"
+    for index, (begin, record) in enumerate(_located(records)):
         where = f"{shown}: entry {index}"
-        entry = shape(
-            record,
-            format,
-            names,
-            where,
-            may_lack_answer=empty_output == "keep",
-            may_be_blank=empty_output != "error",
-        )
-        if is_answered(entry) or empty_output == "keep":
-            entries.append(entry)
+        entry = shape(record, format, names, where, may_lack_answer=keep, may_be_blank=may_be_blank)
+        if is_answered(entry) or keep:
+            if isinstance(records, LineRecords):
+                begins.append(begin)
+            else:
+                entries.append(entry)
         elif empty_output == "skip":
             skipped.append(index)
         else:
@@ -152,9 +153,18 @@ def read_entry_file(
                 f"{where}: {_lack(format, names)}; training needs an answer "
                 "(data.empty_output: skip leaves such entries out)"
             )
-    if not entries:
+    if not entries and not begins:
         raise InputError(f"{shown}: {_lack(format, names, every=True)}")
+    if say is not None and (format != "instruction" or source.suffix not in (".json", ".jsonl")):
+        say(f"{shown}: {describe_format(source, index + 1, format, is_told)}")
+    if isinstance(records, LineRecords):
+        return EntryFile(records.entries(begins, format, names, keep), skipped)
     return EntryFile(entries, skipped)
+
+
+def _located(records: Sequence[Any] | LineRecords) -> Iterable[tuple[int, Any]]:
+    """Each record with its place: in a large file where it begins, else its number."""
+    return records.located() if isinstance(records, LineRecords) else enumerate(records)
 
 
 def _lack(format: str, names: Mapping[str, str], *, every: bool = False) -> str:
@@ -191,9 +201,9 @@ def split_entries(
     num_train = int(len(entries) * fractions[0])
     num_test = int(len(entries) * fractions[1])
     splits = Splits(
-        train=list(entries[:num_train]),
-        test=list(entries[num_train : num_train + num_test]),
-        val=list(entries[num_train + num_test :]),  # with what the rounding left
+        train=entries[:num_train],
+        test=entries[num_train : num_train + num_test],
+        val=entries[num_train + num_test :],  # with what the rounding left
     )
     for name, part in zip(Splits._fields, splits, strict=True):
         if not part and name not in may_be_empty:

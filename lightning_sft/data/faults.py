@@ -3,7 +3,7 @@
 A prompt that is there twice counts twice, one that is in train and test makes the test easier than
 it looks, and one that holds `### Response:` blurs where its answer begins.
 
-    >>> find_leaks(splits)[("test", "train")]
+    >>> read_texts(splits).leaks()[("test", "train")]
     [36, 72]
 
 This module does not import torch.
@@ -11,12 +11,16 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
@@ -27,25 +31,68 @@ from lightning_sft.data.entries import Splits
 from lightning_sft.data.prompts import STYLES, PromptStyle
 
 
+class SplitTexts(NamedTuple):
+    """What one reading of all splits finds.
+
+    prompts: For each split (entries,) numbers, equal where instruction and input are.
+    with_header: For each split the places of entries that hold a text with a meaning in prompts,
+        which blurs their own.
+    """
+
+    prompts: dict[str, npt.NDArray[np.int64]]
+    with_header: dict[str, list[int]]
+
+    def repeats(self, *names: str) -> list[int]:
+        """Places of entries, in these splits joined, whose prompt an earlier one has as well."""
+        prompts = np.concatenate([self.prompts[name] for name in names])
+        first = np.unique(prompts, return_index=True)[1]
+        return np.delete(np.arange(len(prompts)), first).tolist()
+
+    def leaks(self) -> dict[tuple[str, str], list[int]]:
+        """Prompts of one split that another one holds as well.
+
+        Returns:
+            For (test, train), (val, train) and (val, test) the places in the first of the two.
+        """
+        return {
+            (name, other): np.flatnonzero(np.isin(self.prompts[name], self.prompts[other])).tolist()
+            for name, other in (("test", "train"), ("val", "train"), ("val", "test"))
+        }
+
+
+def read_texts(splits: Splits, headers: Collection[str] = ()) -> SplitTexts:
+    """Read every entry once, and keep no text."""
+    digests: list[npt.NDArray[np.uint64]] = []
+    with_header: dict[str, list[int]] = {}
+    for name, entries in zip(Splits._fields, splits, strict=True):
+        found = bytearray()
+        with_header[name] = []
+        for place, entry in enumerate(entries):
+            prompt = _prompt(entry)
+            # Not the output: two answers to one question are still one question, asked twice.
+            text = f"{len(prompt[0])} {prompt[0]}{prompt[1]}".encode()
+            found += hashlib.blake2b(text, digest_size=16).digest()
+            if any(header in "\n".join(_texts(entry)) for header in headers):
+                with_header[name].append(place)
+        digests.append(np.frombuffer(found, np.uint64).reshape(-1, 2))
+    numbers = _number(np.concatenate(digests))
+    ends = np.cumsum([len(part) for part in digests])[:-1]
+    return SplitTexts(dict(zip(Splits._fields, np.split(numbers, ends), strict=True)), with_header)
+
+
+def _number(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """(n,) for n digests of two words each: equal numbers where they are equal."""
+    order = np.lexsort(digests.T)
+    ordered = digests[order]
+    is_new = (ordered[1:] != ordered[:-1]).any(axis=1)
+    numbers = np.empty(len(digests), np.int64)
+    numbers[order[:1]], numbers[order[1:]] = 0, np.cumsum(is_new)
+    return numbers
+
+
 def find_repeats(entries: Sequence[Example]) -> list[int]:
     """Places of entries whose instruction and input an earlier entry has as well."""
-    # Not the output: two answers to one question are still one question, asked twice.
-    seen: set[tuple[str, str]] = set()
-    repeats = []
-    for place, entry in enumerate(entries):
-        if _prompt(entry) in seen:
-            repeats.append(place)
-        seen.add(_prompt(entry))
-    return repeats
-
-
-def find_header_texts(entries: Sequence[Example], headers: Collection[str]) -> list[int]:
-    """Places of entries that hold a text with a meaning in prompts, which blurs their own."""
-    return [
-        place
-        for place, entry in enumerate(entries)
-        if any(header in "\n".join(_texts(entry)) for header in headers)
-    ]
+    return read_texts(Splits(entries, [], [])).repeats("train")
 
 
 def find_headers(style: PromptStyle) -> set[str]:
@@ -60,43 +107,27 @@ def find_headers(style: PromptStyle) -> set[str]:
     return {line for line in lines if line and "{" not in line}
 
 
-def find_leaks(splits: Splits) -> dict[tuple[str, str], list[int]]:
-    """Prompts of one split that another one holds as well.
-
-    Returns:
-        For (test, train), (val, train) and (val, test) the places in the first of the two.
-    """
-    prompts = {name: {_prompt(entry) for entry in getattr(splits, name)} for name in Splits._fields}
-    return {
-        (name, other): [
-            place
-            for place, entry in enumerate(getattr(splits, name))
-            if _prompt(entry) in prompts[other]
-        ]
-        for name, other in (("test", "train"), ("val", "train"), ("val", "test"))
-    }
-
-
-def find_faults(splits: Splits, counts: Mapping[str, SplitCounts], config: DataConfig) -> list[str]:
+def find_faults(
+    texts: SplitTexts, counts: Mapping[str, SplitCounts], config: DataConfig
+) -> list[str]:
     """What someone should look at before training, one line each."""
     policy = {"truncate": "are cut", "drop": "are left out", "error": "make fit refuse the data"}
     long = f"are longer than max_length {config.max_length} and {policy[config.overlong]}"
-    headers = find_headers(config.style())
     faults = []
-    for name, entries in zip(Splits._fields, splits, strict=True):
+    for name in Splits._fields:
         for places, what in (
             (counts[name].overlong, long),
             (counts[name].answerless, "are cut before their answer begins"),
             (counts[name].without_target, "have no target left, which fit refuses"),
-            (find_repeats(entries), "repeat an earlier one's instruction and input"),
+            (texts.repeats(name), "repeat an earlier one's instruction and input"),
             (
-                find_header_texts(entries, headers),
+                texts.with_header[name],
                 "hold a prompt header such as '### Response:' in their text",
             ),
         ):
             if len(places):
                 faults.append(f"{len(places)} {name} entries {what}: {listed(list(places))}")
-    for (name, other), places in find_leaks(splits).items():
+    for (name, other), places in texts.leaks().items():
         if places:
             faults.append(f"{len(places)} {name} prompts are also in {other}: {listed(places)}")
     return faults
@@ -108,13 +139,13 @@ def clean(splits: Splits) -> Splits:
     The evaluation splits are small and keep what they have, so that scores stay comparable with
     those of the uncleaned data; what they hold leaves train, where it is missed least.
     """
-    entries = [*splits.test, *splits.val, *splits.train]  # who comes first keeps the prompt
-    repeats = set(find_repeats(entries))
+    # Who comes first keeps the prompt.
+    repeats = set(read_texts(splits).repeats("test", "val", "train"))
     parts, begin = {}, 0
     for name in ("test", "val", "train"):
-        end = begin + len(getattr(splits, name))
-        parts[name] = [entries[place] for place in range(begin, end) if place not in repeats]
-        begin = end
+        entries = getattr(splits, name)
+        parts[name] = [e for place, e in enumerate(entries, begin) if place not in repeats]
+        begin += len(entries)
     return Splits(**parts)
 
 

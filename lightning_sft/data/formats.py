@@ -16,7 +16,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,7 +37,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def recognise(records: Sequence[Any], field_names: Mapping[str, str] | None = None) -> str:
+def recognise(records: Iterable[Any], field_names: Mapping[str, str] | None = None) -> str:
     """The format of a file's records, by what its first object holds.
 
     Args:
@@ -65,7 +65,7 @@ def recognise(records: Sequence[Any], field_names: Mapping[str, str] | None = No
 
 
 def settle_names(
-    format: str, records: Sequence[Any], field_names: Mapping[str, str] | None
+    format: str, records: Iterable[Any], field_names: Mapping[str, str] | None
 ) -> dict[str, str]:
     """The file's name of each field of a format.
 
@@ -85,16 +85,23 @@ def settle_names(
     return names
 
 
-def check_input_name(records: Sequence[Any], name: str, source: Path) -> None:
+def check_input_name(records: Iterable[Any], name: str, source: Path) -> None:
     """A record may lack its input, so a misspelt name for it would empty all inputs silently.
 
     Raises:
         InputError: No record has a field of that name.
     """
-    objects = [record for record in records if isinstance(record, dict)]
-    if name == "input" or not objects or any(name in record for record in objects):
+    if name == "input":
         return
-    keys = list(objects[0])
+    first = None
+    for record in records:
+        if isinstance(record, dict):
+            first = record if first is None else first
+            if name in record:
+                return
+    if first is None:
+        return
+    keys = list(first)
     raise InputError(
         f"{source}: data.field_names calls the input {name!r}, which no entry has"
         f"{nearest(name, keys)}; entry 0 has {', '.join(map(repr, keys[:6])) or 'no keys'}"

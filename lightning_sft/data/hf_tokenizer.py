@@ -197,6 +197,11 @@ class HFTokenizer:
             file.write(self._tokenizer.to_str())
         files.write_json(folder / "tokenizer_config.json", known)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew in another process: the library forgets there that text is only text.
+        names = self.facts["eos_token"], self.facts["bos_token"]
+        return HFTokenizer, (self._tokenizer, self.name, *names, self.chat_template)
+
     @property
     def backend(self) -> Tokenizer:
         """The library's own, for whoever writes it in another form."""

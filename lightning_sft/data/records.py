@@ -18,6 +18,7 @@ import json
 import re
 import urllib.parse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ BOOK_DATA_URL = (
 KNOWN_SHA256 = {
     BOOK_DATA_URL: "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
 }
+_A_LIST = "it must be a list of entries ([{…}, …]) or one entry per line"
 SECRET_NAME = re.compile("key|secret|passw|signature", re.IGNORECASE)
 
 
@@ -105,20 +107,16 @@ def read_records(path: Path) -> list[Any]:
     text = _read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a list of entries")
-    objects = _Objects()
+    objects = KeysOnce()
     parse = _parse_json if text.lstrip()[0] == "[" else _parse_jsonl
     records = parse(text, path, objects)
     if not records:
         raise InputError(f"{path}: the list is empty; it must hold at least one entry")
-    if objects.repeated is not None:
-        record, key = objects.repeated
-        places = [place for place, other in enumerate(records) if other is record]
-        where = f"entry {places[0]}" if places else "an object within an entry"
-        raise InputError(f"{path}: {where}: the key {key!r} is there twice; keep one of them")
+    objects.check(path, records)
     return records
 
 
-class _Objects:
+class KeysOnce:
     """Makes JSON's objects and notes the first one with a key twice, of which json keeps one."""
 
     def __init__(self) -> None:
@@ -131,20 +129,40 @@ class _Objects:
             self.repeated = record, key
         return record
 
+    def check(self, path: Path, records: Sequence[Any], first: int = 0) -> None:
+        """Refuse a key that was there twice.
+
+        Args:
+            records: What was parsed, which may be the object in question or hold it.
+            first: The place of the first of them in the file.
+
+        Raises:
+            InputError: There was one; names the record if it is one of these.
+        """
+        if self.repeated is None:
+            return
+        found, key = self.repeated
+        places = [place for place, record in enumerate(records, first) if record is found]
+        where = f"entry {places[0]}" if places else "an object within an entry"
+        raise InputError(f"{path}: {where}: the key {key!r} is there twice; keep one of them")
+
 
 def _read_text(path: Path) -> str:
     try:
         # Some editors write a byte-order mark. The codec utf-8-sig would miscount offsets by it.
         return read_content(path).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8"
-        ) from None
+        raise not_utf8(path, error.start) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _parse_json(text: str, path: Path, objects: _Objects) -> list[Any]:
+def not_utf8(path: Path, byte: int) -> InputError:
+    """The error for a file with a byte that no UTF-8 text has there."""
+    return InputError(f"{path}: byte {byte} is not valid UTF-8; save the file as UTF-8")
+
+
+def _parse_json(text: str, path: Path, objects: KeysOnce) -> list[Any]:
     try:
         return json.loads(text, object_pairs_hook=objects)
     except json.JSONDecodeError as error:
@@ -155,37 +173,50 @@ def _parse_json(text: str, path: Path, objects: _Objects) -> list[Any]:
         raise InputError(f"{path}: not usable as JSON ({_one_line(error)})") from None
 
 
-def _parse_jsonl(text: str, path: Path, objects: _Objects) -> list[Any]:
+def _parse_jsonl(text: str, path: Path, objects: KeysOnce) -> list[Any]:
     records: list[Any] = []
     # Only "\n" ends a line: str.splitlines would also cut at U+2028 inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line, object_pairs_hook=objects))
-        except json.JSONDecodeError as error:
+            records.append(parse_line(line, number, path, objects))
+        except InputError:
             # One object spread over many lines is a JSON file of the wrong shape, not bad JSONL.
             if not records and _is_json_value(text):
-                raise InputError(
-                    f"{path}: the top level is one JSON value; it must be a list of entries "
-                    "([{…}, …]) or one entry per line"
-                ) from None
-            raise InputError(
-                f"{path}: line {number}, column {error.colno}: not valid JSON ({error.msg})"
-            ) from None
-        except (RecursionError, ValueError) as error:
-            raise InputError(
-                f"{path}: line {number}: not usable as JSON ({_one_line(error)})"
-            ) from None
-    # A lone object is JSONL of one entry only where the name says JSONL.
-    if len(records) == 1 and not (
-        isinstance(records[0], dict) and content_suffix(path) == ".jsonl"
-    ):
-        raise InputError(
-            f"{path}: the top level is one {type_name(records[0])}; it must be a list of entries "
-            "([{…}, …]) or one entry per line"
-        )
+                raise InputError(f"{path}: the top level is one JSON value; {_A_LIST}") from None
+            raise
+    if len(records) == 1:
+        check_lone_record(records[0], path)
     return records
+
+
+def parse_line(line: str, number: int, path: Path, objects: KeysOnce) -> Any:
+    """The record in line `number`, counted from 1.
+
+    Raises:
+        InputError: It is no JSON; says why, and names line and column.
+    """
+    try:
+        return json.loads(line, object_pairs_hook=objects)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: line {number}, column {error.colno}: not valid JSON ({error.msg})"
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(
+            f"{path}: line {number}: not usable as JSON ({_one_line(error)})"
+        ) from None
+
+
+def check_lone_record(record: Any, path: Path) -> None:
+    """A lone object is JSONL of one entry only where the name says JSONL.
+
+    Raises:
+        InputError: It is something else, or called otherwise.
+    """
+    if not (isinstance(record, dict) and content_suffix(path) == ".jsonl"):
+        raise InputError(f"{path}: the top level is one {type_name(record)}; {_A_LIST}")
 
 
 def _is_json_value(text: str) -> bool:

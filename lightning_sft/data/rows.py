@@ -14,10 +14,11 @@ torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +78,7 @@ def tokenize(entry: Entry, style: PromptStyle, tokenizer: Tokenizer, index: int 
 
 
 _NO_LOSS = Span(0, 0)
+_BLOCK = 1 << 16  # elements of an array that are read at a time
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,12 @@ class TokenRows(Sequence[Row]):
     def from_rows(cls, rows: Sequence[Row]) -> TokenRows:
         """Lay rows end to end: 4 bytes a token, where lists of integers take 8 and more."""
         lengths = [len(row.ids) for row in rows]
-        flat = np.fromiter((token for row in rows for token in row.ids), np.int32, sum(lengths))
+        parts = [np.asarray(row.ids, np.int32) for row in rows]
         # A row without loss gets an empty span, as one without a span is a plain row.
         spans = [() if row.spans is None else row.spans or (_NO_LOSS,) for row in rows]
         every = [span for part in spans for span in part]
         return cls(
-            ids=flat,
+            ids=np.concatenate(parts) if parts else np.empty(0, np.int32),
             offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64),
             prompt_lengths=np.array([row.prompt_length for row in rows], np.int32),
             indices=np.array([row.index for row in rows], np.int32),
@@ -170,18 +172,56 @@ class TokenRows(Sequence[Row]):
 
     def select(self, keep: npt.NDArray[np.bool_]) -> TokenRows:
         """The rows where `keep` is true."""
-        return TokenRows.from_rows([self[int(place)] for place in np.flatnonzero(keep)])
+        return self.take(np.flatnonzero(keep))
+
+    def take(self, places: npt.NDArray[np.integer]) -> TokenRows:
+        """The rows in these places, in this order, as a copy in memory."""
+        spans = _stretches(self.span_offsets, places)
+        offsets = _from_zero(self.lengths[places])
+        ids = np.empty(int(offsets[-1]), np.int32)
+        for begin in range(0, len(places), _BLOCK):  # what says which ids is larger than they are
+            end = min(begin + _BLOCK, len(places))
+            found = _stretches(self.offsets, places[begin:end])
+            ids[offsets[begin] : offsets[end]] = self.ids[found]
+        return TokenRows(
+            ids=ids,
+            offsets=offsets,
+            prompt_lengths=self.prompt_lengths[places],
+            indices=self.indices[places],
+            spans=self.spans[spans],
+            span_weights=self.span_weights[spans],
+            span_offsets=_from_zero(np.diff(self.span_offsets)[places]),
+        )
 
     def fingerprint(self) -> str:
         """A digest of ids and boundaries: equal exactly where two sets train alike."""
         # A checkpoint keeps it: going on with other rows would not be going on.
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        arrays = [self.ids, self.offsets, self.prompt_lengths]
+        arrays: list[npt.NDArray[Any]] = [self.ids, self.offsets, self.prompt_lengths]
         if len(self.spans):
             arrays += [self.spans, self.span_weights, self.span_offsets]
         for array in arrays:
-            digest.update(np.ascontiguousarray(array).tobytes())
+            for begin in range(0, len(array), _BLOCK):  # never all of a mapped file at once
+                digest.update(np.ascontiguousarray(array[begin : begin + _BLOCK]).tobytes())
         return digest.hexdigest()[:16]
+
+
+def _from_zero(counts: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """(n + 1,) where each of n neighbours begins that have so many elements."""
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64))).astype(np.int64)
+
+
+def _stretches(
+    offsets: npt.NDArray[np.integer], places: npt.NDArray[np.integer]
+) -> npt.NDArray[np.int64]:
+    """The elements between `offsets[place]` and `offsets[place + 1]`, for each place."""
+    begins = _from_zero(np.diff(offsets)[places])
+    shifts = offsets[:-1][places] - begins[:-1]
+    return np.arange(begins[-1]) + np.repeat(shifts, np.diff(begins))
 
 
 def fit_to_length(

@@ -13,26 +13,26 @@ This module does not import torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.conversation import Entry, Example
-from lightning_sft.data.conversation_rows import tokenize_example
+from lightning_sft.data.jsonl_lines import JoinedEntries, LineEntries
 from lightning_sft.data.prompts import PromptStyle
-from lightning_sft.data.rows import Row, TokenRows
+from lightning_sft.data.rows import TokenRows
 from lightning_sft.data.segments import Masking
-from lightning_sft.data.tokenizer import Tokenizer, encode_together
+from lightning_sft.data.token_files import ARRAYS, array_path, writing
+from lightning_sft.data.tokenizer import Tokenizer
+from lightning_sft.data.tokenizing import tokenize_part, tokenize_parts
 
 # Below this, tokenizing takes less than a second and a file would only be clutter.
 CACHE_FROM_ENTRIES = 5_000
-ARRAYS = (
-    "ids", "offsets", "prompt_lengths", "indices", "spans", "span_weights", "span_offsets",
-)  # fmt: skip
 
 
 def tokenize_entries(
@@ -54,34 +54,16 @@ def tokenize_entries(
         InputError: The style has no place for a conversation's message; names the entry.
     """
     masking = masking or Masking()
-
-    def tokenize_one(index: int, entry: Example, one: Tokenizer) -> list[Row]:
-        try:
-            return tokenize_example(entry, style, one, masking, index)
-        except InputError as error:
-            raise InputError(f"entry {index}: {error}") from None
-
-    def tokenize_all() -> TokenRows:
-        return TokenRows.from_rows(
-            encode_together(
-                tokenizer,
-                lambda one: [
-                    row
-                    for index, entry in enumerate(entries)
-                    for row in tokenize_one(index, entry, one)
-                ],
-            )
-        )
-
     if len(entries) < CACHE_FROM_ENTRIES:
-        return tokenize_all()
+        return tokenize_part(entries, 0, style, tokenizer, masking)
     folder = files.cache_dir() / "tokens" / _key(entries, style, tokenizer, masking)
     if not _is_whole(folder):
         # Of several processes one tokenizes; the others wait here and then find it done.
         with files.lock(folder):
             if not _is_whole(folder):
-                _save(tokenize_all(), folder)
-    return TokenRows(**{name: np.load(_path(folder, name), mmap_mode="r") for name in ARRAYS})
+                _save(tokenize_parts(entries, style, tokenizer, masking), len(entries), folder)
+    arrays = {name: np.load(array_path(folder, name), mmap_mode="r") for name in ARRAYS}
+    return TokenRows(**arrays)
 
 
 def _key(
@@ -90,8 +72,21 @@ def _key(
     """A digest of everything that the rows depend on."""
     # The name says nothing about the text; two styles that write alike may share a file.
     digest = hashlib.sha256(repr((tokenizer.name, replace(style, name=""))).encode())
-    if style.template or not all(isinstance(entry, Entry) for entry in entries):
+    parts = entries.parts if isinstance(entries, JoinedEntries) else [entries]
+    is_held = not any(isinstance(part, LineEntries) for part in parts)
+    is_plain = is_held and all(isinstance(entry, Entry) for entry in entries)
+    if style.template or not is_plain:
         digest.update(repr(masking).encode())
+    for part in parts:
+        # What stays in its file is known by that, without reading it entry by entry.
+        if isinstance(part, LineEntries):
+            digest.update(part.fingerprint().encode())
+        else:
+            _add_entries(digest, part)
+    return digest.hexdigest()[:32]
+
+
+def _add_entries(digest: Any, entries: Sequence[Example]) -> None:
     for entry in entries:
         if not isinstance(entry, Entry):
             digest.update(repr(entry).encode())
@@ -100,26 +95,30 @@ def _key(
         texts = (entry.instruction, entry.input, entry.output)
         digest.update(repr([len(text) for text in texts]).encode())
         digest.update("".join(texts).encode())
-    return digest.hexdigest()[:32]
-
-
-def _path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.npy"
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether every file is the one that was written."""
     try:
         digests = files.read_json(folder / "done", files.MOST_SMALL)["sha256"]
-        return all(files.sha256_of(_path(folder, name)) == digests[name] for name in ARRAYS)
+        return all(files.sha256_of(array_path(folder, name)) == digests[name] for name in ARRAYS)
     except (InputError, OSError, KeyError, TypeError):
         return False  # not there, not finished, or of a version that kept no digests
 
 
-def _save(rows: TokenRows, folder: Path) -> None:
+def _save(parts: Iterable[TokenRows], count: int, folder: Path) -> None:
+    """Write rows as they come, of so many entries, and then that they are whole."""
+    from tqdm import tqdm
+
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ARRAYS:
-        with files.atomic_write(_path(folder, name), "wb") as file:
-            np.save(file, getattr(rows, name))
-    digests = {name: files.sha256_of(_path(folder, name)) for name in ARRAYS}
-    files.write_json(folder / "done", {"rows": len(rows), "sha256": digests})
+    (folder / "done").unlink(missing_ok=True)
+    num_rows = 0
+    # At a terminal, a bar.
+    with writing(folder) as writer, tqdm(total=count, desc="Tokenizing", disable=None) as bar:
+        for rows in parts:
+            writer.append(rows)
+            num_rows += len(rows)
+            if len(rows):
+                bar.update(int(rows.indices[-1]) + 1 - bar.n)
+    digests = {name: files.sha256_of(array_path(folder, name)) for name in ARRAYS}
+    files.write_json(folder / "done", {"rows": num_rows, "sha256": digests})

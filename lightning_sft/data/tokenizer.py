@@ -76,6 +76,9 @@ class GPT2Tokenizer:
             special_tokens={"<|endoftext|>": END_OF_TEXT},
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return gpt2_tokenizer, ()  # another process has the files, too
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens read as plain text.
 

@@ -73,7 +73,7 @@ class Outlook:
         """What a batch of these rows computes."""
         rows, config = self.data.rows(split), self.data.config
         return measure_batch(
-            [list(map(int, rows[place].ids[: config.max_length])) for place in places],
+            [rows[place].ids[: config.max_length] for place in places],
             padding_free=config.padding_free,
             share_prefix=config.share_prefix,
         )

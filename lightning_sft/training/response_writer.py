@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class ResponseWriter(L.Callback):
         return answered
 
 
-def _identify(module: SFTModule, entries: list[Example], ckpt_path: Any) -> str:
+def _identify(module: SFTModule, entries: Sequence[Example], ckpt_path: Any) -> str:
     """A digest of all that an answer depends on."""
     digest = hashlib.sha256()
     settings = dataclasses.asdict(module.generation)

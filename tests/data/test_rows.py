@@ -14,12 +14,15 @@ import pytest
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.common.files import sha256_of
-from lightning_sft.data import token_cache
+from lightning_sft.data import token_cache, tokenizing
+from lightning_sft.data.conversation import Conversation, Message
 from lightning_sft.data.entries import Entry
 from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.rows import Row, TokenRows, fit_to_length, tokenize
+from lightning_sft.data.segments import Masking
 from lightning_sft.data.token_cache import tokenize_entries
+from lightning_sft.data.token_files import ARRAYS
 from lightning_sft.data.tokenizer import gpt2_tokenizer
 from support.tiny_run import write_tokenizer
 
@@ -272,14 +275,12 @@ def test_an_unfinished_folder_is_made_anew(cache):
     assert tokenizer.calls == 12
     done = json.loads((folder / "done").read_text())
     assert done["rows"] == 3
-    assert done["sha256"] == {
-        name: sha256_of(folder / f"{name}.npy") for name in token_cache.ARRAYS
-    }
+    assert done["sha256"] == {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS}
     tokenize_entries(SET, TERSE, tokenizer)
     assert tokenizer.calls == 12
 
 
-@pytest.mark.parametrize("name", token_cache.ARRAYS)
+@pytest.mark.parametrize("name", ARRAYS)
 def test_a_damaged_file_is_made_anew(cache, name):
     """One flipped bit anywhere in a file: in its header, in its numbers, at its end."""
     tokenizer = CountingTokenizer()
@@ -306,20 +307,46 @@ def test_a_cache_without_good_digests_is_made_anew(cache, done):
 
 def test_done_is_written_last(cache, monkeypatch):
     """A kill between two files must not leave a folder that looks finished."""
-    saved = []
-    save = np.save
+    monkeypatch.setattr(tokenizing, "PART", 1)
 
-    def fail_at_the_last_array(file, array):
-        saved.append(array)
-        if len(saved) == 4:
-            raise KeyboardInterrupt
-        save(file, array)
+    class Interrupted(CountingTokenizer):
+        def encode(self, text: str) -> list[int]:
+            if self.calls == 4:  # two parts are written by then
+                raise KeyboardInterrupt
+            return super().encode(text)
 
-    monkeypatch.setattr(np, "save", fail_at_the_last_array)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_entries(SET, TERSE, CountingTokenizer())
-    assert not list(cache.rglob("done"))
-    monkeypatch.undo()
+        tokenize_entries(SET, TERSE, Interrupted())
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_what_a_killed_process_leaves_is_cleared(cache):
+    tokenizer = CountingTokenizer()
+    tokenize_entries(SET, TERSE, tokenizer)
+    folder = cache / folders(cache)[0]
+    (folder / "done").unlink()
+    (folder / ".ids.npy.0a1b2c3d.tmp").write_bytes(b"half")
+    tokenize_entries(SET, TERSE, tokenizer)
+    names = {f"{name}.npy" for name in ARRAYS} | {"done"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_parts_are_written_as_the_whole_is(cache, monkeypatch):
+    monkeypatch.setattr(tokenizing, "PART", 2)
+    talk = Conversation(
+        (Message("user", "a"), Message("assistant", "b"), Message("user", "c"),
+         Message("assistant", "d", weight=0.5))
+    )  # fmt: skip
+    entries = [*SET, talk, *SET, talk, talk]
+    found = tokenize_entries(entries, TERSE, CountingTokenizer())
+    whole = tokenizing.tokenize_part(entries, 0, TERSE, CountingTokenizer(), Masking())
+    for name in ARRAYS:
+        assert np.array_equal(getattr(found, name), getattr(whole, name)), name
+        assert getattr(found, name).dtype == getattr(whole, name).dtype
+    places = np.array([5, 0, 0, len(whole) - 1, 3])
+    taken, expected = whole.take(places), TokenRows.from_rows([whole[int(p)] for p in places])
+    for name in ARRAYS:
+        assert np.array_equal(getattr(taken, name), getattr(expected, name)), name
 
 
 NAMED = dataclasses.replace(TERSE, name="other")
