@@ -160,6 +160,8 @@ class SFTModule(L.LightningModule):
     def _check_settings(self, max_length: int | None) -> None:
         if self.lora is not None:
             self.lora.check()
+        if self.objective is not None:
+            self.objective.check()
         if max_length is not None and max_length > self.config.context_length:
             raise InputError(
                 f"data.max_length: {max_length} is more than the model's context of "
@@ -531,8 +533,8 @@ class SFTModule(L.LightningModule):
         check_tokenizer(self.tokenizer, checkpoint)
         self._stopped_early = checkpoint.get("stopped_early", False)
         settle_place(checkpoint["loops"])
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            check_objective(self.objective, self.reference, checkpoint)
+        goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
+        check_objective(self.objective, self.reference, checkpoint, goes_on)
         if self.lora is not None:
             check_adapters(self.network, checkpoint, self.weights)
         elif any(map(is_adapter, checkpoint.get("state_dict", ()))):  # none: a shard is loaded

@@ -43,9 +43,6 @@ class DPO:
             frozen copy; with LoRA the model itself, its adapters switched off). `precomputed`: the
             same numbers, computed once before training and kept in the run's folder.
         reference_weights: Other weights of the same architecture as reference.
-
-    Raises:
-        InputError: A value is outside its range, or would be without effect.
     """
 
     def __init__(
@@ -62,9 +59,13 @@ class DPO:
         self.beta, self.loss, self.average = beta, loss, average
         self.label_smoothing, self.sft_weight, self.gamma = label_smoothing, sft_weight, gamma
         self.reference, self.reference_weights = reference, reference_weights
-        self._check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Called where the values are used; a parser would hide the reason.
+
+        Raises:
+            InputError: A value is outside its range, or would be without effect.
+        """
         where = "model.objective"
         for name, allowed in (
             ("loss", get_args(PreferenceLoss)), ("reference", ("model", "precomputed"))

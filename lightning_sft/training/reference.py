@@ -51,7 +51,7 @@ class Reference:
     """
 
     def __init__(self, frozen: GPTModel | None, base: dict[str, str]) -> None:
-        self.frozen = frozen
+        self.frozen, self.switches = frozen, frozen is None
         self.identity = base if frozen is None else identify_base(frozen)
         # (pairs of the split, 2) numbers of a split, once they are computed.
         self.tables: dict[str, torch.Tensor] = {}
@@ -67,6 +67,11 @@ class Reference:
         if table is not None:
             where = batch["index"].clamp(min=0)  # repeats have no say in anything
             return table.to(where.device)[where].flatten()
+        if self.frozen is None and not self.switches:
+            raise InputError(
+                "model.objective.reference: the numbers computed ahead are of train and val alone, "
+                "and the copy is let go; evaluate the checkpoint in a trainer of its own"
+            )
         if self.frozen is None:
             with evaluating(model), adapters_off(model):
                 return row_log_probs(model, batch)[0]
@@ -151,22 +156,29 @@ def make_reference(model: GPTModel, weights: str | None, base: dict[str, str]) -
 
 
 def check_objective(
-    objective: DPO | None, reference: Reference | None, checkpoint: dict[str, Any]
+    objective: DPO | None, reference: Reference | None, checkpoint: dict[str, Any], goes_on: bool
 ) -> None:
-    """Refuse to go on training for something else, or beside another reference.
+    """Refuse to go on training for something else, or to compare with another reference.
+
+    Args:
+        goes_on: Training does; else the checkpoint is only evaluated, perhaps in another precision.
 
     Raises:
         InputError: Says what differs.
     """
     trained = checkpoint.get("hyper_parameters", {}).get("objective")
     wanted = objective.as_dict() if objective else None
-    if trained != wanted:
+    if goes_on and trained != wanted:
         raise InputError(
             f"ckpt_path: was trained with model.objective {trained}, the configuration has "
             f"{wanted}; to train anew from its weights, give it as model.weights"
         )
     saved = checkpoint.get("reference")
-    if reference is not None and saved is not None and saved != reference.identity:
+    if reference is None or saved is None:
+        return
+    if saved["dtype"] != reference.identity["dtype"] and not goes_on:
+        return
+    if saved != reference.identity:
         raise InputError(
             f"ckpt_path: its reference has the sha256 {saved['sha256']:.12} ({saved['dtype']}), "
             f"that of the weights now is {reference.identity['sha256']:.12} "

@@ -110,7 +110,7 @@ def test_rewards():
 )  # fmt: skip
 def test_what_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        DPO(**settings)
+        DPO(**settings).check()
 
 
 # --- a model's log-probabilities ---

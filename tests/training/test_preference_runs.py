@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from lightning_sft import DPO, InstructionDataModule, SFTModule
 from lightning_sft.commands.verify_resume import compare_runs
+from lightning_sft.common.errors import InputError
 from lightning_sft.data.batching import BatchMaker
 from lightning_sft.data.pair_batching import PairBatchMaker
 from lightning_sft.data.pair_rows import PairRow
@@ -105,7 +106,6 @@ def test_references_agree(lora: LoRAConfig | None, tmp_path: Path) -> None:
     expected, _ = fit(tmp_path, DPO(), module=module, precision="32-true")
     ahead = DPO(reference="precomputed")
     folder = RunFolder(tmp_path / "run")
-    options: dict[str, Any] = {"module": module, "precision": "32-true", "callbacks": [folder]}
     for _ in range(2):  # computed, then read
         path = write_pairs(tmp_path / "pairs.json", 30)
         model = make_module(ahead, **module)
@@ -119,8 +119,10 @@ def test_references_agree(lora: LoRAConfig | None, tmp_path: Path) -> None:
         assert seen == pytest.approx(expected, abs=1e-6)
         assert model.reference is not None
         assert model.reference.frozen is None  # let go
+        if lora is None:
+            with pytest.raises(InputError, match="are of train and val alone"):
+                model.reference.log_probs(model.network, {"split": "test"})
     assert (tmp_path / "run" / FILE_NAME).is_file()
-    assert options
 
 
 def test_precomputed_numbers_of_other_weights_are_computed_anew(tmp_path: Path) -> None:
@@ -276,7 +278,7 @@ GOOD = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
     [
         ({"data__mask_prompt": False}, "data.mask_prompt: false is not allowed with preferences"),
         ({"model__objective": {"class_path": "lightning_sft.DPO", "init_args": {"beta": 0}}},
-         "model.objective.beta: 0.0 is not allowed; it must be positive and finite"),
+         "error: model.objective.beta: 0.0 is not allowed; it must be positive and finite"),
         ({"data__format": "messages"}, "data.format: messages holds no chosen and rejected"),
         ({"data__max_tokens": 500}, "data.max_tokens: not with preferences"),
         ({"model__objective": None}, "holds preferences (chosen and rejected), which supervised"),
@@ -336,7 +338,7 @@ def test_commands_that_know_no_pairs_say_so(
     data = write_pairs(tmp_path / "pairs.json", 30)
     config = write_config(tmp_path, **settings_for_pairs(data__path=str(data)))
     for command, message in (("plan", "does not count preference tuning"),
-                             ("inspect", "holds preferences")):  # fmt: skip
+                             ("inspect", "counts no preferences")):  # fmt: skip
         assert run(command, "--config", config) == 2
         error = capsys.readouterr().err
         assert message in error
