@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from lightning_sft.training.checkpoint import FinalWeights
     from lightning_sft.training.loggers import RunFolder
     from lightning_sft.training.module import SFTModule
+    from lightning_sft.training.objectives import DPO
     from lightning_sft.training.schedule import WarmupCosine
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
     "AnsweringModel",
     "Conversation",
     "Entry",
@@ -58,6 +60,7 @@ __all__ = [
 ]
 
 _OWNERS = {
+    "DPO": "training.objectives",
     "AnsweringModel": "decoding.answering",
     "Conversation": "data.conversation",
     "Message": "data.conversation",

@@ -59,6 +59,7 @@ SHOWN = {
         "model.architecture": "a name such as gpt2-small, or a mapping",
         "model.weights": "a name, file or folder to begin with; null: random",
         "model.lora": "{rank, alpha, dropout, targets}: adapters beside frozen weights",
+        "model.objective": "lightning_sft.DPO learns from preferences",
         "model.optimizer": "class of torch.optim; its options: model.optimizer.lr …",
         "model.lr_scheduler": "class, such as lightning_sft.WarmupCosine",
         "model.activation_checkpointing": "compute activations twice and keep few",

@@ -72,6 +72,11 @@ def inspect(arguments: list[str]) -> int:
     config, options = _parse(arguments)
     tokenizer = tokenizer_of_model({key: options.model[key] for key in MODEL_KEYS})
     style = bind_style(config.style(), tokenizer)
+    if config.format == "preference":
+        raise InputError(
+            "inspect: counts no preferences; fit says how many pairs and tokens there are, and "
+            "data.format: instruction counts the outputs beside them"
+        )
     check_style(style, tokenizer)
     data = config.read()
     splits = data.splits

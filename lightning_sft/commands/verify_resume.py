@@ -46,6 +46,9 @@ COLUMNS = (
     "train_eval_loss",
     "val_eval_loss",
     "val_loss",
+    "reward_margin",
+    "train_eval_reward_margin",
+    "val_reward_margin",
 )
 
 
@@ -203,7 +206,7 @@ def _read_column(run: Path, column: str) -> list[str]:
         lines = files.read_text(run / "metrics.csv").splitlines()
     except FileNotFoundError:
         return []
-    return [row[column] or "" for row in csv.DictReader(lines)]
+    return [row.get(column) or "" for row in csv.DictReader(lines)]
 
 
 def _read_config(arguments: list[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lightning_sft.data.entries import (
 from lightning_sft.data.formats import Format
 from lightning_sft.data.jsonl_lines import join_entries
 from lightning_sft.data.mixture import Source, read_sources
+from lightning_sft.data.preferences import Pair, read_pairs
 from lightning_sft.data.prompts import PromptStyle, get_style
 from lightning_sft.data.segments import Masking
 
@@ -34,16 +35,18 @@ NAMED = 8  # places that a message lists before it says how many more there are
 class DataSet(NamedTuple):
     """What was read.
 
-    splits: The three splits.
+    splits: The three splits; of preferences, the questions with the chosen answers.
     skipped: For each file the places of entries that were left out.
     notes: A line for each file that is no JSON of plain entries: what it was taken for.
     counts: Of a mixture, how many training entries come from each file.
+    pairs: Of preferences, the pairs of each split.
     """
 
     splits: Splits
     skipped: dict[str, list[int]]
     notes: list[str]
     counts: list[int]
+    pairs: dict[str, list[Pair]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class DataConfig:
             or share, format, field_names.
         fractions: Shares of train, test and validation, in file order, of `path`.
         empty_output: Whether an entry without an answer is refused (error) or left out (skip).
+        equal_answers: Whether a pair of preferences whose answers are equal is left out of training
+            (skip), refused (error) or trained on for nothing, as in the book (keep).
         prompt_style: `alpaca`, `phi3`, `chatml`, `llama3`, `qwen3`, `template` (the model's own),
             or a mapping with instruction, input and header.
         header_in_prompt: Whether the response header is given (true) or generated (false).
@@ -93,6 +98,7 @@ class DataConfig:
     mixture: list[dict[str, Any]] | None = None
     fractions: tuple[float, float, float] = (0.85, 0.10, 0.05)
     empty_output: Literal["error", "skip"] = "error"
+    equal_answers: Literal["skip", "error", "keep"] = "skip"
     prompt_style: str | dict[str, str] = "alpaca"
     header_in_prompt: bool = True
     mask_prompt: bool = False
@@ -122,7 +128,7 @@ class DataConfig:
             if value is not None and value < least:
                 raise InputError(f"data.{name}: {value} is not allowed; it must be >= {least}")
         types = get_type_hints(type(self))
-        for name in ("empty_output", "format", "overlong", "predict_split"):
+        for name in ("empty_output", "equal_answers", "format", "overlong", "predict_split"):
             value, allowed = getattr(self, name), get_args(types[name])
             if value not in allowed:
                 raise InputError(f"data.{name}: unknown {value!r}; allowed: {', '.join(allowed)}")
@@ -190,6 +196,45 @@ class DataConfig:
 
         files = [read_file(source) for source in self.sources()]
         val, test = read_file(of_its_own(self.val_path)), read_file(of_its_own(self.test_path))
+        splits, counts = self._cut(files, val, test)
+        return DataSet(splits, skipped, notes, counts)
+
+    def read_pairs(self) -> DataSet:
+        """Read preferences, cut as any other data are.
+
+        Raises:
+            InputError: A file or record is wrong, holds no preferences, or a split stays empty; or
+                a setting does not go with them.
+            ServiceError: A URL could not be fetched.
+        """
+        if self.format not in ("auto", "preference"):
+            raise InputError(
+                f"data.format: {self.format} holds no chosen and rejected answers, which "
+                "model.objective learns from; give preference"
+            )
+        if not self.mask_prompt:
+            raise InputError(
+                "data.mask_prompt: false is not allowed with preferences, which compare answers; "
+                "set it to true"
+            )
+        for name in ("mixture", "max_tokens"):
+            if getattr(self, name) is not None:
+                raise InputError(f"data.{name}: not with preferences; leave it out")
+
+        def read_file(path: str | None) -> list[Any]:
+            names, is_told = self.field_names, self.format == "preference"
+            return [] if path is None else read_pairs(path, field_names=names, is_told=is_told)
+
+        files = [read_file(self.path)], read_file(self.val_path), read_file(self.test_path)
+        cut, counts = self._cut(*files)
+        pairs: dict[str, list[Any]] = cut._asdict()
+        questions = {name: [pair.examples[0] for pair in part] for name, part in pairs.items()}
+        return DataSet(Splits(**questions), {}, [], counts, pairs)
+
+    def _cut(
+        self, files: list[list[Any]], val: list[Any], test: list[Any]
+    ) -> tuple[Splits, list[int]]:
+        """The three splits of what was read, and how much training takes of each file."""
         if val and test:
             parts = [Splits(entries, test=[], val=[]) for entries in files]
         else:
@@ -210,7 +255,7 @@ class DataConfig:
         for name, entries in splits._asdict().items():
             if not entries:
                 raise InputError(f"fractions: {list(self.fractions)} leave the {name} split empty")
-        return DataSet(splits, skipped, notes, [len(entries) for entries in trained])
+        return splits, [len(entries) for entries in trained]
 
 
 def listed(places: list[int]) -> str:

@@ -11,7 +11,7 @@ same three loaders.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -39,6 +39,10 @@ from lightning_sft.data.loader import (
 from lightning_sft.data.mixture import describe_mixture
 from lightning_sft.data.order import BatchOrder, Stretch, epoch_order
 from lightning_sft.data.ordering import make_order, plan_mixture
+from lightning_sft.data.pair_batching import PairBatchMaker
+from lightning_sft.data.pair_rows import PairRows
+from lightning_sft.data.pair_splits import describe_pairs, make_pair_rows
+from lightning_sft.data.preferences import Pair
 from lightning_sft.data.prompts import PromptStyle
 from lightning_sft.data.rows import TokenRows
 from lightning_sft.data.split_rows import take_rows, tokenize_split
@@ -89,6 +93,15 @@ class InstructionDataModule(L.LightningDataModule):
         # Splits are tokenized when first asked for: `test` in a run that only trains, never.
         self._rows: dict[str, TokenRows] = {}
         self._counts: dict[str, SplitCounts] = {}
+        self._pairs: dict[str, PairRows] = {}
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether these are preferences: as the trainer's module says, else as `format` does."""
+        module = self.trainer.lightning_module if self.trainer else None
+        if module is None or not hasattr(module, "objective"):
+            return self.config.format == "preference"
+        return module.objective is not None
 
     @property
     def style(self) -> PromptStyle:
@@ -111,7 +124,7 @@ class InstructionDataModule(L.LightningDataModule):
         # Where this epoch stands is in the loader's own state; here is what must not change.
         trainer = self.trainer
         return {
-            "data": self.rows("train").fingerprint(),
+            "data": self.units("train").fingerprint(),
             "seed": self.seed,
             "batch_size": self.batch_size,
             "mask_prompt": self.config.mask_prompt,
@@ -160,11 +173,17 @@ class InstructionDataModule(L.LightningDataModule):
             check_workers(self.config.num_workers)  # before anything is read
         self._adopt_tokenizer()
         if self._data is None:
-            self._data = self.config.read(require_output=stage != "predict")
+            if self.has_pairs:
+                self._data = self.config.read_pairs()
+            else:
+                self._data = self.config.read(require_output=stage != "predict")
             self._say(*self._data.notes, *describe_skipped(self._data.skipped))
         if stage is not None:
             self._opens_fit = stage == "fit"
-        if stage == "fit":
+        if stage == "fit" and self.has_pairs:
+            pairs = self.pairs("train"), self.pairs("val")
+            self._say(*describe_pairs(*pairs, len(self.split("test")), self.config))
+        elif stage == "fit":
             counts = self.count("train"), self.count("val")
             self._say(*describe_training(*counts, len(self.split("test")), self.config))
             if self.config.mixture:
@@ -208,6 +227,39 @@ class InstructionDataModule(L.LightningDataModule):
                 self._say(f"{where}: {too_long} of {len(rows)} entries are {what}")
         return self._rows[split]
 
+    def pairs(self, split: str) -> PairRows:
+        """The tokenized pairs of a split that take part in preference tuning.
+
+        Raises:
+            InputError: A pair breaks the policy for lengths or for equal answers.
+        """
+        if split not in self._pairs:
+            self.setup()
+            assert self._data is not None
+            assert self._data.pairs is not None
+            pairs = self._data.pairs[split]
+            made, notes = make_pair_rows(pairs, self.style, self.tokenizer, self.config, split)
+            self._pairs[split] = made
+            self._say(*notes)
+        return self._pairs[split]
+
+    def pair(self, split: str, index: int) -> Pair:
+        """The pair in a place of a split, also one that training leaves out."""
+        self.setup()
+        assert self._data is not None
+        assert self._data.pairs is not None
+        return self._data.pairs[split][index]
+
+    def pair_batch(self, split: str, index: int) -> Batch | None:
+        """That pair as a batch; None where training leaves it out."""
+        rows = self.pairs(split)
+        places = np.flatnonzero(rows.indices == index)
+        return self._batch_maker(split)([rows[int(places[0])]]) if len(places) else None
+
+    def units(self, split: str) -> TokenRows | PairRows:
+        """What an epoch takes one by one: rows, or pairs of them."""
+        return self.pairs(split) if self.has_pairs else self.rows(split)
+
     def count(self, split: str) -> SplitCounts:
         """What an epoch of a split holds."""
         self.rows(split)
@@ -215,11 +267,15 @@ class InstructionDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches in the seeded order of the trainer's epoch, this rank's share of them."""
-        rows, config = self.rows("train"), self.config
+        rows, config = self.units("train"), self.config
+        if isinstance(rows, PairRows):  # each pair counts alike in a step's mean
+            num_targets: npt.NDArray[np.number] = np.ones(len(rows), np.int64)
+        else:
+            num_targets = rows.sum_weights(config.max_length, config.mask_prompt)
         loader = TrainLoader(
             rows,
-            self.make_batch,
-            num_targets=rows.sum_weights(config.max_length, config.mask_prompt),
+            self._batch_maker("train"),
+            num_targets=num_targets,
             num_tokens=self._clipped_lengths(),
             order=self.order(self.batch_size),
             num_workers=config.num_workers,
@@ -230,17 +286,22 @@ class InstructionDataModule(L.LightningDataModule):
     def order(self, batch_size: int, world_size: int = 1) -> BatchOrder | TokenBudgetOrder:
         """The order of training, of that many rows a batch if `max_tokens` does not say so."""
         config = dataclasses.replace(self.config, batch_size=batch_size)
-        return make_order(self.rows("train"), config, self.seed, world_size, self._stretches())
+        return make_order(self.units("train"), config, self.seed, world_size, self._stretches())
 
     def _stretches(self) -> tuple[Stretch, ...]:
         """How often an epoch takes the rows of each file of a mixture."""
-        rows = self.rows("train")
+        rows = self.units("train")
         assert self._data is not None
+        if isinstance(rows, PairRows):
+            return ()
         return plan_mixture(rows, self.config, self._data.counts)
 
     def _clipped_lengths(self) -> npt.NDArray[np.int64]:
-        """(rows,) tokens of each training row as it is computed."""
-        return self.rows("train").lengths.clip(max=self.config.max_length)
+        """(rows,) tokens of each training row, or pair of rows, as it is computed."""
+        rows = self.units("train")
+        if isinstance(rows, PairRows):
+            return rows.clipped_lengths(self.config.max_length)
+        return rows.lengths.clip(max=self.config.max_length)
 
     def val_dataloader(self) -> EvalLoader:
         """The validation split in file order, every row once."""
@@ -266,15 +327,25 @@ class InstructionDataModule(L.LightningDataModule):
 
         The chapter's loss curve is measured on these (`eval_iter=5` of listing 7.8).
         """
-        rows, size = self.rows(split), self.batch_size
+        rows, size = self.units(split), self.batch_size
+        make: Callable[[list[Any]], Batch] = self._batch_maker(split)
         order = epoch_order(len(rows), self.seed, 0) if split == "train" else list(range(len(rows)))
         places = [order[k : k + size] for k in range(0, min(len(order), count * size), size)]
-        return [self.make_batch([rows[place] for place in part]) for part in places]
+        return [make([rows[place] for place in part]) for part in places]
+
+    def in_order(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """All of a split, in file order and on this process alone."""
+        rows, make = self.units(split), self._batch_maker(split)
+        for k in range(0, len(rows), batch_size):
+            yield make([rows[place] for place in range(k, min(k + batch_size, len(rows)))])
+
+    def _batch_maker(self, split: str) -> Callable[[list[Any]], Batch]:
+        return PairBatchMaker(self.make_batch, split) if self.has_pairs else self.make_batch
 
     def _eval_loader(self, split: str) -> EvalLoader:
         return EvalLoader(
-            self.rows(split),
-            self.make_batch,
+            self.units(split),
+            self._batch_maker(split),
             batch_size=self.batch_size,
             num_workers=self.config.num_workers,
             **self._device_settings(),

@@ -128,7 +128,8 @@ def read_entry_file(
     if format == "preference":
         raise InputError(
             f"{shown}: holds preferences (chosen and rejected), which supervised fine-tuning does "
-            "not learn from; data.format: instruction takes the instruction, input and output"
+            "not learn from; --config dpo.yaml does, and data.format: instruction takes the "
+            "instruction, input and output"
         )
     names = settle_names(format, records, field_names)
     if "input" in names:

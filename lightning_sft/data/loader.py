@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_sft.common.errors import InputError
 from lightning_sft.data.order import BatchOrder, MicroBatch, deal, sum_batches, sum_steps
+from lightning_sft.data.pair_rows import PairRow
 from lightning_sft.data.rows import Row
 from lightning_sft.data.token_budget import TokenBudgetOrder
 
@@ -31,13 +32,13 @@ Batch = dict[str, Any]
 WORKERS_PER_CPU = 8  # more help nobody, and each takes memory
 
 
-class _Rows(Dataset[Row]):
-    """A sequence of rows as torch's loader wants it."""
+class _Rows(Dataset[Row | PairRow]):
+    """A sequence of rows, or of pairs of them, as torch's loader wants it."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row] | Sequence[PairRow]) -> None:
         self.rows = rows
 
-    def __getitem__(self, place: int) -> Row:
+    def __getitem__(self, place: int) -> Row | PairRow:
         # A negative place stands for a repeat that evens out the ranks: same tokens, no loss.
         return self.rows[place] if place >= 0 else self.rows[~place]._replace(index=-1)
 
@@ -46,10 +47,10 @@ class TrainLoader:
     """Batches of one rank in the seeded order of the current epoch.
 
     Args:
-        rows: The training split.
+        rows: The training split; a pair of preferences counts as one row.
         collate: Rows → batch.
-        num_targets, num_tokens: (rows,) supervised tokens of each row, or their weights added up,
-            and input tokens.
+        num_targets, num_tokens: (rows,) supervised tokens of each row, or their weights added up
+            (of pairs, whose losses count alike, 1), and input tokens.
         order: Which rows come when, on however many ranks; by default as the settings that follow
             say.
         lengths: (rows,) what `group_by_length` sorts by; `num_tokens` by default.
@@ -62,8 +63,8 @@ class TrainLoader:
 
     def __init__(
         self,
-        rows: Sequence[Row],
-        collate: Callable[[list[Row]], Batch],
+        rows: Sequence[Row] | Sequence[PairRow],
+        collate: Callable[[list[Any]], Batch],
         *,
         num_targets: np.ndarray,
         num_tokens: np.ndarray,
@@ -197,8 +198,8 @@ class EvalLoader:
 
     def __init__(
         self,
-        rows: Sequence[Row],
-        collate: Callable[[list[Row]], Batch],
+        rows: Sequence[Row] | Sequence[PairRow],
+        collate: Callable[[list[Any]], Batch],
         *,
         batch_size: int,
         rank: int = 0,

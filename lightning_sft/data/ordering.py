@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from lightning_sft.data.config import DataConfig
 from lightning_sft.data.mixture import plan_stretches
 from lightning_sft.data.order import BatchOrder, Stretch
+from lightning_sft.data.pair_rows import PairRows
 from lightning_sft.data.rows import TokenRows
 from lightning_sft.data.token_budget import TokenBudgetOrder
 
 
 def make_order(
-    rows: TokenRows,
+    rows: TokenRows | PairRows,
     config: DataConfig,
     seed: int,
     world_size: int = 1,
@@ -31,7 +32,7 @@ def make_order(
     Raises:
         InputError: The rows do not fill one micro-batch, or one of them does not fit into any.
     """
-    if config.max_tokens is not None:
+    if config.max_tokens is not None:  # which preferences do not go with
         return TokenBudgetOrder(
             rows.lengths.clip(max=config.max_length),
             config.max_tokens,

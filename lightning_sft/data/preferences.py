@@ -42,11 +42,14 @@ class Pair:
         return answered(self.question, self.chosen), answered(self.question, self.rejected)
 
 
-def read_pairs(path: str | Path, *, field_names: Mapping[str, str] | None = None) -> list[Pair]:
+def read_pairs(
+    path: str | Path, *, field_names: Mapping[str, str] | None = None, is_told: bool = False
+) -> list[Pair]:
     """Read preference data from any file that `data.path` takes.
 
     Args:
         field_names: Where the file calls a field otherwise, the file's name for it.
+        is_told: The file is said to hold preferences; else its first record must look like one.
 
     Raises:
         InputError: The file or a record is wrong, or holds no preferences; names it.
@@ -54,7 +57,8 @@ def read_pairs(path: str | Path, *, field_names: Mapping[str, str] | None = None
     """
     source = local_path(path)
     records = read_records(source)
-    if (format := recognise(records, field_names)) != "preference":
+    format = "preference" if is_told else recognise(records, field_names)
+    if format != "preference":
         raise InputError(
             f"{source}: has records in the format {format}; preferences need chosen and rejected"
         )

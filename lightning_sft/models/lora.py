@@ -20,12 +20,13 @@ appendix E and exercise 7.4 of "Build a Large Language Model (From Scratch)".
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,6 +114,8 @@ class LoRALinear(Linear):
         generator: For A; nothing is drawn on the meta device.
     """
 
+    is_on = True  # `adapters_off` shows the model without its adapters
+
     def __init__(
         self, base: nn.Linear, config: LoRAConfig, generator: torch.Generator | None = None
     ) -> None:
@@ -132,6 +135,8 @@ class LoRALinear(Linear):
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5), mode=fan, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_on:
+            return super().forward(x)
         wide, (low, lora_b) = super().forward(x), self.factors(x)
         # One kernel: `wide + F.linear(low, lora_b)` would write the product out first.
         return torch.addmm(wide.flatten(0, -2), low.flatten(0, -2), lora_b.T).view_as(wide)
@@ -206,6 +211,19 @@ def _matches(name: str, pattern: str) -> bool:
 def has_lora(model: nn.Module) -> bool:
     """Whether any layer is adapted."""
     return any(isinstance(part, LoRALinear) for part in model.modules())
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before adapters were put beside its layers, to the bit."""
+    layers = [part for part in model.modules() if isinstance(part, LoRALinear)]
+    for layer in layers:
+        layer.is_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_on = True
 
 
 def is_adapter(name: str) -> bool:

@@ -116,6 +116,12 @@ def plan(arguments: list[str]) -> int:
     if cli.config.probe_steps < 0 or not (cli.config.memory_gb or 1.0) > 0:
         raise InputError("plan: probe_steps must be >= 0 and memory_gb positive")
     trainer, data, module = cli.config.trainer, cli.datamodule, cli.model
+    if module.objective is not None or data.has_pairs:
+        raise InputError(
+            "plan: does not count preference tuning; plan the same model with "
+            "--model.objective null and data.format instruction: a pair costs two rows, a frozen "
+            "reference (none with LoRA) the weights once more"
+        )
     device, budget = find_device(trainer.accelerator), cli.config.memory_gb
     budget = budget * GB if budget is not None else free_memory(device or torch.device("cpu"))
     devices, precision = count_devices(trainer), str(trainer.precision or "32-true")

@@ -26,6 +26,14 @@ CHARTS = {
         "train_eval_loss": "train, the chapter's curve",
         "val_eval_loss": "validation, the chapter's curve",
     },
+    "Reward margin": {
+        "reward_margin": "train, each step",
+        "val_reward_margin": "validation, whole split",
+    },
+    "Reward accuracy": {
+        "reward_accuracy": "train, each step",
+        "val_reward_accuracy": "validation, whole split",
+    },
     "Learning rate": {"lr": "learning rate"},
     "Throughput": {"tokens_per_second": "tokens per second"},
 }
@@ -76,7 +84,11 @@ def _cards(found: dict[str, Any], metrics: dict[str, Interval]) -> str:
         note = f"95 % interval {low:.1f} to {high:.1f}; {scores['scored']} of {scores['count']}"
         note += "; the judge is not informative" * (scores["informative"] is False)
         cards.append(pages.card("Average score", f"{scores['average']:.2f}", note))
-    for column, label in (("val_loss", "Validation loss"), ("val_perplexity", "Perplexity")):
+    for column, label in (
+        ("val_loss", "Validation loss"),
+        ("val_perplexity", "Perplexity"),
+        ("val_reward_accuracy", "Reward accuracy"),
+    ):
         if training.get(column):
             step, value = training[column][-1]
             cards.append(pages.card(label, f"{value:.3f}", f"at step {step:,.0f}"))

@@ -23,9 +23,11 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.data.datamodule import InstructionDataModule
 from lightning_sft.data.encoding import encode_prompt
 from lightning_sft.decoding.generation import evaluating
+from lightning_sft.training.log_probs import row_log_probs
 from lightning_sft.training.loggers import folder_of
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.plots import plot_loss_curve
+from lightning_sft.training.preference_loss import PREFERENCE_METRICS
 from lightning_sft.training.sharding import gather_model, is_sharded
 from lightning_sft.training.steps import ends_step
 
@@ -64,21 +66,34 @@ class SampleResponses(L.Callback):
         answers = [""] * len(chosen)
         # One rank answers while the others wait; of a sharded model it gets a whole copy.
         model = gather_model(trainer, module.config) if is_sharded(trainer) else module.network
+        pairs: list[dict[str, Any]] = [{} for _ in chosen]
         if model is not None:
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 answers = module.answer(prompts, model)
+                if data.has_pairs:
+                    pairs = [_weigh_pair(trainer, module, data, index) for index in self.indices]
         if trainer.is_global_zero:
-            for index, entry, answer in zip(self.indices, chosen, answers, strict=True):
-                self._write(trainer, epoch, index, entry, answer)
+            for index, entry, answer, pair in zip(
+                self.indices, chosen, answers, pairs, strict=True
+            ):
+                self._write(trainer, epoch, index, entry, answer, pair)
         trainer.strategy.barrier("samples")
 
-    def _write(self, trainer: L.Trainer, epoch: int, index: int, entry: Any, answer: str) -> None:
+    def _write(
+        self,
+        trainer: L.Trainer,
+        epoch: int,
+        index: int,
+        entry: Any,
+        answer: str,
+        pair: dict[str, Any],
+    ) -> None:
         question = entry.instruction + (f" | {entry.input}" if entry.input else "")
         when = "before training" if epoch == 0 else f"after epoch {epoch}"
         _say(
             trainer,
             f"\nval_data[{index}] {when}\n  asked:  {_shown(question)}\n"
-            f"  wanted: {_shown(entry.output)}\n  answer: {_shown(answer)}",
+            f"  wanted: {_shown(entry.output)}\n{_describe_pair(pair)}  answer: {_shown(answer)}",
         )
         record = {
             "epoch": epoch,
@@ -88,6 +103,7 @@ class SampleResponses(L.Callback):
             "input": entry.input,
             "output": entry.output,
             "response": answer,
+            **pair,
         }
         folder = folder_of(trainer)
         if folder is not None:
@@ -95,9 +111,46 @@ class SampleResponses(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 text = f"**{question}**\n\nwanted: {entry.output}\n\nanswer: {answer}"
+                if pair:
+                    text += "\n\n" + "\n\n".join(_describe_pair(pair).splitlines())
                 # As all that is logged, under the number of the step before, from 0.
                 step = max(trainer.global_step - 1, 0)
                 logger.experiment.add_text(f"val_data[{index}]", text, step)
+
+
+def _weigh_pair(
+    trainer: L.Trainer, module: SFTModule, data: InstructionDataModule, index: int
+) -> dict[str, Any]:
+    """The rejected answer of a validation pair, and how likely the model finds both.
+
+    A pair that takes no part in training, as one of two equal answers, has no likelihoods.
+    """
+    known = data.pair("val", index)
+    batch = data.pair_batch("val", index)
+    if batch is None:
+        return {"rejected": known.rejected}
+    with evaluating(module.network):
+        on_device = trainer.strategy.batch_to_device(batch, module.device, 0)
+        sums, counts = row_log_probs(module.network, on_device)
+    names = "chosen", "rejected"
+    found = {f"{name}_log_prob": float(value) for name, value in zip(names, sums, strict=True)}
+    found |= {f"{name}_tokens": int(value) for name, value in zip(names, counts, strict=True)}
+    return {"rejected": known.rejected, **found}
+
+
+def _describe_pair(pair: dict[str, Any]) -> str:
+    """Lines for a terminal; none of an entry without a rejected answer."""
+    if not pair:
+        return ""
+    lines = [f"  rejected: {_shown(pair['rejected'])}\n"]
+    if "chosen_log_prob" in pair:
+        both = ", ".join(
+            f"{name} {pair[f'{name}_log_prob']:.2f} "
+            f"({pair[f'{name}_log_prob'] / pair[f'{name}_tokens']:.3f} a token)"
+            for name in ("chosen", "rejected")
+        )
+        lines.append(f"  log-probability: {both}\n")
+    return "".join(lines)
 
 
 class LossCurve(L.Callback):
@@ -105,7 +158,8 @@ class LossCurve(L.Callback):
 
     Every few steps the mean over batches of the first training and validation batches is taken in
     evaluation mode. It is logged as `train_eval_loss` and `val_eval_loss`; `val_loss` is another
-    number, the mean over all tokens of the whole split.
+    number, the mean over all tokens of the whole split. Of preferences the mean reward margin is
+    logged and drawn beside it.
 
     Args:
         every_n_steps: Optimizer steps between evaluations; 0 switches the curve off.
@@ -158,19 +212,24 @@ class LossCurve(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float
     ) -> dict[str, float]:
         module, data = _ours(trainer, pl_module)
-        losses = {}
+        losses, margins = {}, {}
         with torch.no_grad(), evaluating(module), trainer.precision_plugin.val_step_context():
             for split in ("train", "val"):
-                losses[split] = self._mean_loss(trainer, module, self._first_batches(data, split))
+                batches = self._first_batches(data, split)
+                losses[split], margin = self._mean_loss(trainer, module, batches)
+                if margin is not None:
+                    margins[split] = margin
         point = {
             "epoch": epoch,
             "step": float(trainer.global_step),
             "tokens_seen": float(module.tokens_seen),
             "train_loss": losses["train"],
             "val_loss": losses["val"],
+            **{f"{split}_margin": margin for split, margin in margins.items()},
         }
         self.points.append(point)
         values = {"train_eval_loss": losses["train"], "val_eval_loss": losses["val"]}
+        values |= {f"{split}_eval_reward_margin": margin for split, margin in margins.items()}
         if trainer.global_step:  # numbered as the chapter does, from 0 after the first step
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
@@ -183,13 +242,21 @@ class LossCurve(L.Callback):
         return self._batches[split]
 
     @staticmethod
-    def _mean_loss(trainer: L.Trainer, module: SFTModule, batches: list[Any]) -> float:
-        total = 0.0
+    def _mean_loss(
+        trainer: L.Trainer, module: SFTModule, batches: list[Any]
+    ) -> tuple[float, float | None]:
+        """The mean over batches of their losses; of preferences also of their reward margins."""
+        total, margin = 0.0, 0.0
         for batch in batches:
             on_device = trainer.strategy.batch_to_device(batch, module.device, 0)
-            loss_sum, num_targets = module.sum_loss(on_device)
+            if module.objective is None:
+                loss_sum, num_targets = module.sum_loss(on_device)
+            else:
+                loss_sum, metrics, num_targets = module.sum_pairs(on_device)
+                margin += float(metrics[PREFERENCE_METRICS.index("reward_margin")] / num_targets)
             total += float(loss_sum / num_targets)
-        return total / len(batches)
+        count = len(batches)
+        return total / count, None if module.objective is None else margin / count
 
     def state_dict(self) -> dict[str, Any]:
         return {"points": self.points}

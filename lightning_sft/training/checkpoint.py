@@ -33,12 +33,13 @@ from lightning_sft.runs.run_folder import saved_checkpoints, version_numbers
 from lightning_sft.training.lightning_internals import batches_done
 from lightning_sft.training.loggers import folder_of
 from lightning_sft.training.module import SFTModule
+from lightning_sft.training.preference_loss import PREFERENCE_METRICS
 from lightning_sft.training.sharding import gather_model, is_sharded
 from lightning_sft.training.steps import can_resume_behind, count_steps, is_time_up
 
 # What a checkpoint says of its step. Lightning logs a step after the checkpoint callbacks, so that
 # a kill in between would lose the step's row if the checkpoint did not have it.
-STEP_METRICS = ("train_loss", "lr", "tokens_seen", "tokens_per_second")
+STEP_METRICS = ("train_loss", "lr", "tokens_seen", "tokens_per_second", *PREFERENCE_METRICS)
 METRICS = (*STEP_METRICS, "val_loss")
 
 

@@ -49,6 +49,8 @@ from lightning_sft.training.checkpoint import (
 from lightning_sft.training.device_check import DeviceCheck, check_devices
 from lightning_sft.training.lightning_internals import OpenCLI, restrict_imports
 from lightning_sft.training.loggers import (
+    COLUMNS,
+    PREFERENCE_COLUMNS,
     EventsLogger,
     MetricsFile,
     RunFolder,
@@ -216,7 +218,8 @@ class SFTCLI(OpenCLI):
         kwargs["use_distributed_sampler"] = False  # the loaders deal their rows to ranks themselves
         kwargs["logger"] = False
         callbacks: list[Any] = [DeviceCheck()] if self.setting("check_device") else []
-        if self.checkpoint is not None and self.model.lora is None:
+        is_compared = self.model.needs_reference and self.subcommand != "predict"
+        if self.checkpoint is not None and self.model.lora is None and not is_compared:
             # It holds all weights: those that training began with need not be there any more.
             self.model.weights = None
         if self.subcommand == "fit":
@@ -240,7 +243,8 @@ class SFTCLI(OpenCLI):
 
     def _loggers(self, wanted: Any, folder: Path) -> list[Any]:
         """`metrics.csv` always, TensorBoard unless `logger: false`, a user's own beside them."""
-        loggers: list[Any] = [MetricsFile(folder)]
+        columns = COLUMNS if self.model.objective is None else PREFERENCE_COLUMNS
+        loggers: list[Any] = [MetricsFile(folder, columns)]
         if wanted is not False:
             loggers.insert(0, EventsLogger(folder, self.facts["step"] if self.facts else 0))
         if isinstance(wanted, bool | None):

@@ -10,7 +10,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lightning_sft.common import files
+from lightning_sft.training.preference_loss import PREFERENCE_METRICS
 
 COLUMNS = [
     "step",
@@ -31,6 +32,13 @@ COLUMNS = [
     "val_eval_loss",
     "val_loss",
     "val_perplexity",
+]
+# Of preference tuning, which has no perplexity.
+PREFERENCE_COLUMNS = [
+    *COLUMNS[:-1],
+    *PREFERENCE_METRICS,
+    *(f"val_{name}" for name in PREFERENCE_METRICS),
+    *(f"{split}_eval_reward_margin" for split in ("train", "val")),
 ]
 
 
@@ -84,11 +92,11 @@ def rewind(folder: Path, step: int) -> bool:
     metrics, samples = folder / "metrics.csv", folder / "samples.jsonl"
     if metrics.exists():
         # All rows are numbered from 0, by the step that came before them.
-        rows = _read_rows(metrics)
+        rows, columns = _read_rows(metrics), read_columns(metrics)
         kept = [row for row in rows if int(row["step"]) < step]
         has_last_step = any(row["train_loss"] and int(row["step"]) == step - 1 for row in kept)
         with files.atomic_write(metrics) as file:
-            file.write(_format_rows([COLUMNS, *(_values(row) for row in kept)]))
+            file.write(_format_rows([columns, *(_values(row, columns) for row in kept)]))
     if samples.exists():
         records = [record for record in files.read_jsonl(samples) if record["step"] <= step]
         with files.atomic_write(samples) as file:
@@ -100,11 +108,14 @@ class MetricsFile(Logger):
     """`metrics.csv`: a row for each time something is logged, empty where nothing was.
 
     Lightning's CSVLogger deletes an older file when it reopens a folder; this one goes on in it.
+
+    Args:
+        columns: What a new file has; one that is there keeps its own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, columns: Sequence[str] = COLUMNS) -> None:
         super().__init__()
-        self.path = folder / "metrics.csv"
+        self.path, self.columns = folder / "metrics.csv", list(columns)
 
     @property
     def name(self) -> str:
@@ -127,7 +138,10 @@ class MetricsFile(Logger):
         row = {name: float(value) for name, value in metrics.items()} | {"step": step or 0}
         if "epoch" in row:
             row["epoch"] = int(row["epoch"])
-        rows = [_values(row)] if self.path.exists() else [COLUMNS, _values(row)]
+        has_begun = self.path.exists()
+        columns = read_columns(self.path) if has_begun else self.columns
+        rows = [] if has_begun else [columns]
+        rows.append(_values(row, columns))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_format_rows(rows))
 
@@ -154,8 +168,15 @@ class EventsLogger(TensorBoardLogger):
         self.experiment.flush()
 
 
-def _values(row: Mapping[str, Any]) -> list[Any]:
-    return [row.get(column, "") for column in COLUMNS]
+def read_columns(path: Path) -> list[str]:
+    """The header of a metrics file; the usual one where a kill has torn it."""
+    with path.open(encoding="utf-8", newline="") as file:
+        line = file.readline()
+    return next(csv.reader([line]), COLUMNS) if line.endswith("\n") else COLUMNS
+
+
+def _values(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+    return [row.get(column, "") for column in columns]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -52,6 +52,24 @@ def sum_cross_entropy(
         A float32 scalar (float64 for float64 inputs). Differentiable in `hidden`, `weight` and what
         the adapter returns; what needs no gradient costs none.
     """
+    places, order, factors = arrange(hidden, weight, places, adapter)
+    with_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+    ordered = None if weights is None else weights[order]
+    return SumCrossEntropy.apply(targets[order], places[order], ordered, with_grad, *factors)  # type: ignore[no-untyped-call]
+
+
+def arrange(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    places: torch.Tensor,
+    adapter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """What the head is to be multiplied with, and in which order its targets come.
+
+    Returns:
+        `places` (K,) among the hidden states that are used; an order (K,) that sorts them; and the
+        factors of the logits, all lefts (M, D or rank), then all rights (V, D or rank).
+    """
     used, places = torch.unique(places, return_inverse=True)  # sorted, so a chunk is a range
     order = torch.argsort(places)
     hidden = hidden.index_select(0, used)
@@ -59,13 +77,10 @@ def sum_cross_entropy(
     if adapter is not None:  # W + BA, without ever making it: hidden @ W.T + (hidden @ A.T) @ B.T
         low, lora_b = adapter(hidden)
         lefts, rights = [hidden, low], [weight, lora_b]
-    factors = [*lefts, *rights]
-    with_grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-    ordered = None if weights is None else weights[order]
-    return _SumCrossEntropy.apply(targets[order], places[order], ordered, with_grad, *factors)  # type: ignore[no-untyped-call]
+    return places, order, [*lefts, *rights]
 
 
-class _SumCrossEntropy(torch.autograd.Function):
+class SumCrossEntropy(torch.autograd.Function):
     """All gradients are made while a chunk's logits are at hand; backward only scales them.
 
     Let p be the softmax of a position's logits (V,). The loss of a target t there is -log p[t], and
@@ -105,7 +120,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         # Chunks of like size, and one buffer for all of them: fresh memory of this size costs as
         # much as the softmax in it.
-        size = _even_chunk(len(hidden), count_chunk_positions(len(weight), exact.itemsize))
+        size = even_chunk(len(hidden), count_chunk_positions(len(weight), exact.itemsize))
         buffer = torch.empty(size * len(weight), dtype=exact, device=hidden.device)
         for begin in range(0, len(hidden), size):
             chunks = [left[begin : begin + size].to(dtype) for left in lefts]
@@ -116,7 +131,7 @@ class _SumCrossEntropy(torch.autograd.Function):
             place, target = places[first:last] - begin, targets[first:last]
             counted = None if weights is None else weights[first:last].to(exact)
             # (V, C), not (C, V): `W x^T` is a third faster on CPUs for a matrix as tall as W.
-            logits = _sum_products(rights, chunks, buffer[: length * len(weight)])
+            logits = sum_products(rights, chunks, buffer[: length * len(weight)])
             loss += _turn_into_gradient(logits, target, place, counted, with_grad)
             if not with_grad:
                 continue
@@ -139,7 +154,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         return None, None, None, None, *scaled
 
 
-def _even_chunk(num_positions: int, most: int) -> int:
+def even_chunk(num_positions: int, most: int) -> int:
     """The size of chunks that are all alike, of at most so many positions."""
     num_chunks = max(1, math.ceil(num_positions / most))
     return max(1, math.ceil(num_positions / num_chunks))
@@ -173,7 +188,7 @@ def _turn_into_gradient(
     return losses.sum() if weight is None else (losses * weight).sum()
 
 
-def _sum_products(
+def sum_products(
     lefts: list[torch.Tensor], rights: list[torch.Tensor], memory: torch.Tensor
 ) -> torch.Tensor:
     """The sum of all `left @ right.T`, in a flat piece of memory, which may have a wider type."""

@@ -3,7 +3,8 @@
 The loss of an optimizer step is the sum over its supervised tokens divided by their number, over
 all micro-batches of the accumulation window and all ranks. Cutting the same entries into other
 batches therefore gives the same update; averaging each micro-batch first, as is usual, does not.
-On one device without accumulation it is exactly the chapter's loss.
+On one device without accumulation it is exactly the chapter's loss. With an objective of
+preferences the same holds of pairs instead of tokens.
 
 Source: `calc_loss_batch` and `train_model_simple` of chapters 5 and 7 of "Build a Large Language
 Model (From Scratch)".
@@ -38,11 +39,10 @@ from lightning_sft.models.files import locate
 from lightning_sft.models.found_config import check_config, settle_config
 from lightning_sft.models.gguf_file import note_quantized
 from lightning_sft.models.gpt2 import GPTModel
-from lightning_sft.models.layers import PackedLayout, run_block
+from lightning_sft.models.layers import run_block
 from lightning_sft.models.loading import load_weights, make_model
 from lightning_sft.models.lora import (
     LoRAConfig,
-    LoRALinear,
     add_lora,
     has_lora,
     is_adapter,
@@ -62,7 +62,12 @@ from lightning_sft.training.lightning_internals import (
     set_logged_step,
     settle_place,
 )
+from lightning_sft.training.log_probs import adapter_of, supervised_states
 from lightning_sft.training.loss import sum_cross_entropy
+from lightning_sft.training.objectives import DPO
+from lightning_sft.training.pair_sums import PairMeans, PairSums, sum_pairs
+from lightning_sft.training.preference_loss import PREFERENCE_METRICS
+from lightning_sft.training.reference import Reference, check_objective, make_reference
 from lightning_sft.training.schedule import WarmupCosine
 from lightning_sft.training.sharding import shard
 from lightning_sft.training.steps import count_steps_ahead, ends_step, is_time_up
@@ -78,6 +83,7 @@ class SFTModule(L.LightningModule):
             owner/name@revision), a path (folder, .safetensors, .pth, .ckpt, .gguf), or null for
             random weights.
         lora: Freeze the weights and train adapters beside them; a checkpoint then holds these.
+        objective: `lightning_sft.DPO` learns from preferences; null is supervised fine-tuning.
         optimizer: Any of `torch.optim`; fused where the device has it.
         lr_scheduler: Any of `torch.optim.lr_scheduler`, or `lightning_sft.WarmupCosine`. Stepped
             after every optimizer step (`ReduceLROnPlateau`: after every validation).
@@ -112,10 +118,12 @@ class SFTModule(L.LightningModule):
         generation: GenerationConfig | None = None,
         seed: int = 123,
         tokenizer: str | None = None,
+        objective: DPO | None = None,
     ) -> None:
         super().__init__()
         # A checkpoint's hyperparameters are plain mappings.
         self.lora = LoRAConfig(**lora) if isinstance(lora, Mapping) else lora
+        self.objective = DPO.of(objective)
         if isinstance(generation, Mapping):
             generation = GenerationConfig(**generation)
         self.generation = generation or GenerationConfig()
@@ -133,12 +141,16 @@ class SFTModule(L.LightningModule):
         self.model: GPTModel | None = None  # made by `configure_model`
         # Adapters are of use only beside the weights they were trained with: what identifies those.
         self.base: dict[str, str] = {}
+        self.reference: Reference | None = None  # made by `configure_model` where one is needed
         self.strict_loading = self.lora is None  # `on_load_checkpoint` checks adapters itself
 
         self.tokens_seen = 0  # input tokens on all ranks since the first step
         self.val_loss = TokenLoss()
         self.on_answer: Callable[[int, list[int]], None] | None = None  # told of each answer
         self._step_loss = torch.zeros(())  # of the micro-batches of this step so far
+        if self.objective is not None:
+            self.val_pairs = PairMeans()
+            self._step_pairs = torch.zeros(len(PREFERENCE_METRICS))
         self._wants_stop = self._stopped_early = False
 
     def find_tokenizer(self, source: str | None, weights: str | None) -> Tokenizer:
@@ -148,6 +160,8 @@ class SFTModule(L.LightningModule):
     def _check_settings(self, max_length: int | None) -> None:
         if self.lora is not None:
             self.lora.check()
+        if self.objective is not None:
+            self.objective.check()
         if max_length is not None and max_length > self.config.context_length:
             raise InputError(
                 f"data.max_length: {max_length} is more than the model's context of "
@@ -167,13 +181,19 @@ class SFTModule(L.LightningModule):
         return {
             "architecture": dataclasses.asdict(self.config),
             # A checkpoint holds them, or else the adapters of these.
-            "weights": locate(self.weights) if self.lora else None,
+            "weights": locate(self.weights) if self.lora or self.needs_reference else None,
             "lora": self.lora.as_dict() if self.lora else None,
             "header_in_prompt": style.pop("header_in_prompt"),
             "prompt_style": style,
             "generation": dataclasses.asdict(self.generation),
             "seed": self.seed,
+            **({"objective": self.objective.as_dict()} if self.objective else {}),
         } | ({"tokenizer": locate(self.tokenizer_source)} if comes_along else {})
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the model with the weights that training begins with."""
+        return self.objective is not None and self.objective.needs_reference
 
     def configure_model(self) -> None:
         """Make the model and read its weights, once."""
@@ -190,11 +210,20 @@ class SFTModule(L.LightningModule):
         if self.lora is not None:
             add_lora(model, self.lora, self.seed)
             self.base = identify_base(model)
+        answers_only = self._trainer is not None and self.trainer.state.fn == "predict"
+        if self.objective is not None and self.needs_reference and not answers_only:
+            weights = self.objective.reference_weights
+            self.reference = make_reference(model, weights, self.base)
         model.recompute = self.activation_checkpointing
         if self.compile_blocks:
             # Lengths change from batch to batch: one graph for all of them, not one for each.
             model.compiled = torch.compile(run_block, dynamic=True)
         mesh = self.device_mesh  # of a sharded strategy
+        if mesh is not None and self.objective is not None:
+            raise InputError(
+                "trainer.strategy: preference tuning is not done on a sharded model; give "
+                "multi-gpu.yaml (DDP), with lora.yaml where memory is short"
+            )
         self.model = model if mesh is None else shard(model, mesh)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -213,32 +242,35 @@ class SFTModule(L.LightningModule):
 
         Where the batch has weights: each token's times its weight, and the sum of the weights.
 
+        With an objective: its losses, summed over the pairs of a batch, and the number of these.
+
         Args:
-            batch: Of `collate` or `pack`.
+            batch: Of `collate` or `pack`; of `PairBatchMaker`.
         """
-        supervised = batch["targets"] != IGNORE_INDEX  # (B, T)
-        # `places`: where, among all hidden states laid end to end, each supervised token's
-        # prediction stands. Prompts under `mask_prompt` and padding have none (figure 7.13).
-        layout = None
-        if "gather" in batch:  # packed rows share states, so that several targets may share a place
-            layout = PackedLayout(batch["positions"], batch["gather"], batch["scatter"])
-            places = batch["gather"][supervised]
-        else:
-            places = supervised.flatten().nonzero().flatten()
-        hidden = self.network.hidden_states(
-            batch["input_ids"], layout=layout
-        )  # (B, T, D) or (N, D)
+        if self.objective is not None:
+            pairs = self.sum_pairs(batch)
+            return pairs.loss, pairs.num_pairs
+        hidden, supervised, places = supervised_states(self.network, batch)
         head = self.network.out_head
         weights = batch["weights"][supervised] if "weights" in batch else None  # (K,)
         loss = sum_cross_entropy(
-            hidden.flatten(0, -2),  # (M, D)
+            hidden,  # (M, D)
             head.weight,
             batch["targets"][supervised],
             places,
-            head.factors if isinstance(head, LoRALinear) else None,
+            adapter_of(head),
             weights,
         )
         return loss, supervised.sum() if weights is None else weights.sum(dtype=loss.dtype)
+
+    def sum_pairs(self, batch: Batch) -> PairSums:
+        """Losses and metrics of the objective, summed over the pairs of a batch.
+
+        Args:
+            batch: Of `PairBatchMaker`.
+        """
+        assert self.objective is not None
+        return sum_pairs(self.network, self.objective, self.reference, batch)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """None of its own; it is asked before any callback is set up, in time to refuse some."""
@@ -260,6 +292,9 @@ class SFTModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
+        wanted = self.objective.reference if self.objective else None
+        if self.reference is not None and wanted == "precomputed":
+            self.reference.precompute(self, self.trainer)
 
     def on_train_start(self) -> None:
         # In the middle of an epoch Lightning leaves out the hook in which a schedule sets it.
@@ -274,7 +309,12 @@ class SFTModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """No step is open at the beginning of an epoch."""
+        self._open_step()
+
+    def _open_step(self) -> None:
         self._step_loss = torch.zeros((), device=self.device)
+        if self.objective is not None:
+            self._step_pairs = torch.zeros(len(PREFERENCE_METRICS), device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout is a function of seed, epoch, step and rank: a resumed run repeats it."""
@@ -297,7 +337,9 @@ class SFTModule(L.LightningModule):
                 "InstructionDataModule knows ahead; give that, or set both to 1"
             )
         supervised = (batch["targets"] != IGNORE_INDEX).sum().item()
-        if "weights" in batch:
+        if self.objective is not None:
+            supervised = (batch["index"] >= 0).sum().item()  # pairs
+        elif "weights" in batch:
             supervised = batch["weights"].double().sum().item()
         counts = {"num_tokens": batch["input_ids"].numel(), "step_targets": supervised}
         return {"index": torch.full((len(batch["targets"]),), -1)} | batch | counts
@@ -306,13 +348,18 @@ class SFTModule(L.LightningModule):
         """A micro-batch's share of its step's loss, times whatever Lightning will divide it by."""
         # `calc_loss_batch` and `loss.backward()` of listing 7.7's training loop; Lightning calls
         # backward, the optimizer and zero_grad around it.
-        loss_sum, _ = self.sum_loss(batch)
+        if self.objective is not None:
+            pairs = self.sum_pairs(batch)
+            loss_sum = pairs.loss
+            self._step_pairs = self._step_pairs + pairs.metrics / batch["step_targets"]
+        else:
+            loss_sum, _ = self.sum_loss(batch)
         self.tokens_seen += batch["num_tokens"]  # of all ranks
         share = loss_sum / batch["step_targets"]
         self._step_loss = self._step_loss + share.detach()
         if ends_step(self.trainer, batch_idx):
             self._log_step(self._step_loss, batch)
-            self._step_loss = torch.zeros((), device=self.device)
+            self._open_step()
         # Lightning divides by the micro-batches of a step, and ranks are averaged: undo both.
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -347,13 +394,25 @@ class SFTModule(L.LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=size)
         self.log("lr", lr, batch_size=size)
         self.log("tokens_seen", float(self.tokens_seen), batch_size=size)
+        if self.objective is not None:
+            means = self.trainer.strategy.reduce(self._step_pairs, reduce_op="sum")
+            for name, mean in zip(PREFERENCE_METRICS, means, strict=True):
+                self.log(name, mean, batch_size=size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums; the division is at the end, over all tokens of the split."""
-        self.val_loss.update(*self.sum_loss(batch))
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: Batch) -> None:
+        if self.objective is None:
+            self.val_loss.update(*self.sum_loss(batch))
+            return
+        pairs = self.sum_pairs(batch)
+        self.val_loss.update(pairs.loss, pairs.num_pairs)
+        self.val_pairs.update(pairs)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_loss` and `val_perplexity`, the same numbers on every rank."""
+        """Log `val_loss` and `val_perplexity`, or an objective's own metrics, on every rank."""
         loss = self._log_evaluation("val")
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             scheduler = self.lr_schedulers()
@@ -362,7 +421,7 @@ class SFTModule(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As `validation_step`, on the test split."""
-        self.val_loss.update(*self.sum_loss(batch))
+        self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log `test_loss` and `test_perplexity`."""
@@ -374,7 +433,13 @@ class SFTModule(L.LightningModule):
         # The metric has summed over ranks already, so every rank logs the same number.
         settings: dict[str, Any] = {"batch_size": 1, "rank_zero_only": False}
         self.log(f"{name}_loss", loss, prog_bar=True, **settings)
-        self.log(f"{name}_perplexity", math.exp(min(loss, 700.0)), **settings)
+        if self.objective is None:
+            self.log(f"{name}_perplexity", math.exp(min(loss, 700.0)), **settings)
+            return loss
+        means = self.val_pairs.compute().tolist()
+        self.val_pairs.reset()
+        for metric, mean in zip(PREFERENCE_METRICS, means, strict=True):
+            self.log(f"{name}_{metric}", mean, **settings)
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
@@ -456,6 +521,8 @@ class SFTModule(L.LightningModule):
             checkpoint["tokenizer"] = self.tokenizer.name
         stops = self._wants_stop or self.trainer.should_stop
         checkpoint["stopped_early"] = stops and not is_time_up(self.trainer)
+        if self.reference is not None:
+            checkpoint["reference"] = self.reference.identity
         if self.lora is not None:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: state[name] for name in state if is_adapter(name)}
@@ -466,6 +533,8 @@ class SFTModule(L.LightningModule):
         check_tokenizer(self.tokenizer, checkpoint)
         self._stopped_early = checkpoint.get("stopped_early", False)
         settle_place(checkpoint["loops"])
+        goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
+        check_objective(self.objective, self.reference, checkpoint, goes_on)
         if self.lora is not None:
             check_adapters(self.network, checkpoint, self.weights)
         elif any(map(is_adapter, checkpoint.get("state_dict", ()))):  # none: a shard is loaded
