@@ -227,12 +227,12 @@ class DataConfig:
 
         files = [read_file(self.path)], read_file(self.val_path), read_file(self.test_path)
         cut, counts = self._cut(*files)
-        pairs: dict[str, list[Any]] = cut._asdict()
+        pairs: dict[str, Any] = cut._asdict()
         questions = {name: [pair.examples[0] for pair in part] for name, part in pairs.items()}
         return DataSet(Splits(**questions), {}, [], counts, pairs)
 
     def _cut(
-        self, files: list[list[Any]], val: list[Any], test: list[Any]
+        self, files: Sequence[Sequence[Any]], val: Sequence[Any], test: Sequence[Any]
     ) -> tuple[Splits, list[int]]:
         """The three splits of what was read, and how much training takes of each file."""
         if val and test:
