@@ -23,7 +23,7 @@ from typing import Any
 
 from lightning_sft.common import downloads, files
 from lightning_sft.common.errors import KEY_SHAPE, InputError
-from lightning_sft.data.compressed import content_suffix, read_content
+from lightning_sft.data.compressed import content_suffix, read_text
 from lightning_sft.data.hub_dataset import fetch_dataset, is_dataset
 from lightning_sft.data.tables import is_saved_folder, is_table, read_table
 
@@ -102,7 +102,7 @@ def read_records(path: Path) -> list[Any]:
     """
     if is_table(path):
         return read_table(path)
-    text = _read_text(path)
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a list of entries")
     objects = _Objects()
@@ -130,18 +130,6 @@ class _Objects:
             ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
             self.repeated = record, key
         return record
-
-
-def _read_text(path: Path) -> str:
-    try:
-        # Some editors write a byte-order mark. The codec utf-8-sig would miscount offsets by it.
-        return read_content(path).decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _parse_json(text: str, path: Path, objects: _Objects) -> list[Any]:
