@@ -50,6 +50,26 @@ def read_content(path: Path) -> bytes:
     return content
 
 
+def read_text(path: Path) -> str:
+    """The whole text of a regular file in UTF-8, unpacked, without a byte-order mark.
+
+    Raises:
+        InputError: As `read_content`; not UTF-8, with the offset; or it cannot be read.
+    """
+    try:
+        # Some editors write a byte-order mark. The codec utf-8-sig would miscount offsets by it.
+        return read_content(path).decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error.start) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def not_utf8(path: Path, byte: int) -> InputError:
+    """The error for a file with a byte that no UTF-8 text has there."""
+    return InputError(f"{path}: byte {byte} is not valid UTF-8; save the file as UTF-8")
+
+
 def _unpack(path: Path, packed: Any) -> bytes:
     blocks, size = [], 0
     try:

@@ -54,6 +54,9 @@ __all__ = [
 ]
 
 
+_PLAIN_SUFFIXES = (".json", ".jsonl")  # instruction data in such a file needs no line about it
+
+
 class Splits(NamedTuple):
     """The three parts of a data set, each in file order."""
 
@@ -134,6 +137,13 @@ def read_entry_file(
     names = settle_names(format, records, field_names)
     if "input" in names:
         check_input_name(records, names["input"], source)
+
+    def tell(count: int) -> None:
+        if say is not None and (format != "instruction" or source.suffix not in _PLAIN_SUFFIXES):
+            say(f"{shown}: {describe_format(source, count, format, is_told)}")
+
+    if not isinstance(records, LineRecords):
+        tell(len(records))  # before anything is found wrong with one of them
     # Entries are numbered by their place in the file, those that are left out included.
     entries: list[Example] = []
     begins = array("q")  # of a large file the place of each entry is kept instead
@@ -156,9 +166,8 @@ def read_entry_file(
             )
     if not entries and not begins:
         raise InputError(f"{shown}: {_lack(format, names, every=True)}")
-    if say is not None and (format != "instruction" or source.suffix not in (".json", ".jsonl")):
-        say(f"{shown}: {describe_format(source, index + 1, format, is_told)}")
     if isinstance(records, LineRecords):
+        tell(index + 1)
         return EntryFile(records.entries(begins, format, names, keep), skipped)
     return EntryFile(entries, skipped)
 

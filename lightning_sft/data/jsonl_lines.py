@@ -28,11 +28,11 @@ import numpy.typing as npt
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
+from lightning_sft.data.compressed import not_utf8
 from lightning_sft.data.conversation import Example
 from lightning_sft.data.records import (
     KeysOnce,
     check_lone_record,
-    not_utf8,
     parse_line,
     read_records,
 )

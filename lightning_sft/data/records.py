@@ -24,7 +24,7 @@ from typing import Any
 
 from lightning_sft.common import downloads, files
 from lightning_sft.common.errors import KEY_SHAPE, InputError
-from lightning_sft.data.compressed import content_suffix, read_content
+from lightning_sft.data.compressed import content_suffix, read_text
 from lightning_sft.data.hub_dataset import fetch_dataset, is_dataset
 from lightning_sft.data.tables import is_saved_folder, is_table, read_table
 
@@ -104,7 +104,7 @@ def read_records(path: Path) -> list[Any]:
     """
     if is_table(path):
         return read_table(path)
-    text = _read_text(path)
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a list of entries")
     objects = KeysOnce()
@@ -145,21 +145,6 @@ class KeysOnce:
         places = [place for place, record in enumerate(records, first) if record is found]
         where = f"entry {places[0]}" if places else "an object within an entry"
         raise InputError(f"{path}: {where}: the key {key!r} is there twice; keep one of them")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        # Some editors write a byte-order mark. The codec utf-8-sig would miscount offsets by it.
-        return read_content(path).decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def not_utf8(path: Path, byte: int) -> InputError:
-    """The error for a file with a byte that no UTF-8 text has there."""
-    return InputError(f"{path}: byte {byte} is not valid UTF-8; save the file as UTF-8")
 
 
 def _parse_json(text: str, path: Path, objects: KeysOnce) -> list[Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lightning_sft.common import files
 from lightning_sft.common.errors import InputError
-from lightning_sft.data.compressed import content_suffix, read_content
+from lightning_sft.data.compressed import content_suffix, read_text
 
 # Fields of conversations are long; the csv module would stop at 131,072 characters.
 MOST_FIELD = 2**30
@@ -64,14 +64,7 @@ def read_separated(path: Path, separator: str) -> list[dict[str, Any]]:
         InputError: A row with more or fewer fields than there are columns, a column twice or
             without a name, a quote that is never closed; names the line.
     """
-    try:
-        text = read_content(path).decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: byte {error.start} is not valid UTF-8; save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"{path}: the file is empty; it must hold a row of names and a record")
     (_, names), *rows = _rows(path, text, separator)

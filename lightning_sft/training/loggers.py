@@ -170,8 +170,8 @@ class EventsLogger(TensorBoardLogger):
 
 def read_columns(path: Path) -> list[str]:
     """The header of a metrics file; the usual one where a kill has torn it."""
-    with path.open(encoding="utf-8", newline="") as file:
-        line = file.readline()
+    with files.open_regular(path) as file:
+        line = file.readline().decode("utf-8")
     return next(csv.reader([line]), COLUMNS) if line.endswith("\n") else COLUMNS
 
 
