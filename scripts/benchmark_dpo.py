@@ -32,13 +32,17 @@ RANK, LR, BETA = 16, 5e-6, 0.1
 
 
 def make_pairs(run: Namespace) -> Any:
-    """The data of both: GPT-2's tokens, the prompt computed once where we may."""
+    """The data of both, in the model's tokens; the prompt is computed once where we may."""
     from lightning_sft import InstructionDataModule
+    from lightning_sft.data.find_tokenizer import read_tokenizer
 
     context = min(get_config(run).context_length, 1024)
-    return InstructionDataModule(
+    data = InstructionDataModule(
         run.data, format="preference", mask_prompt=True, share_prefix=True, max_length=context
     )
+    if run.tokenizer:
+        data.tokenizer = read_tokenizer(run.tokenizer)
+    return data
 
 
 def train_ours(run: Namespace, recorder: Recorder, lora: bool) -> None:
@@ -64,7 +68,6 @@ def train_ours(run: Namespace, recorder: Recorder, lora: bool) -> None:
         max_length=data.config.max_length,
         tokenizer=run.tokenizer,
     )
-    data.tokenizer = module.tokenizer
     L.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_epochs=1,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
