@@ -2,7 +2,7 @@
 
     python scripts/gpu_check.py --out gpu                       # on a machine with CUDA
     python scripts/gpu_check.py --out gpu --only chapter qwen3  # some parts; --list names them
-    python scripts/gpu_check.py --out gpu --device cpu --quick  # the same code on toys, a minute or two
+    python scripts/gpu_check.py --out gpu --device cpu --quick  # on toys, a minute or two
 
 It writes `results.json` and `results.md` into the folder anew after every part, and the output of
 each part into `logs/`, so that a run that is cut off leaves what it had. Exit code 0: nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ def chapter_file(setting: Setting) -> str:
     entries = json.loads(QUICKSTART.read_text(encoding="utf-8"))
     count = setting.pick(CHAPTER_ENTRIES, 24)
     path = setting.folder("data") / f"quickstart-{count}.json"
-    path.write_text(json.dumps(entries[:count]), encoding="utf-8")
-    return str(path)
+    return _write(path, entries[:count])
 
 
 def long_file(setting: Setting, rows: int, tokens: int) -> str:
@@ -38,7 +38,15 @@ def long_file(setting: Setting, rows: int, tokens: int) -> str:
         for chosen in (rng.choices(words, k=tokens) for _ in range(rows * 5 // 4 + 4))
     ]
     path = setting.folder("data") / f"words-{rows}x{tokens}.json"
-    path.write_text(json.dumps(entries), encoding="utf-8")
+    return _write(path, entries)
+
+
+def _write(path: Path, entries: list[dict[str, str]]) -> str:
+    """Once, and whole: the ranks of a sharded run read it at the same time."""
+    if not path.exists():
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(entries), encoding="utf-8")
+        unfinished.replace(path)
     return str(path)
 
 

@@ -103,7 +103,11 @@ def start(name: str, setting: Setting, limit: float) -> str:
     command += ["--data", setting.data] if setting.data else []
     paths = [str(SCRIPTS.parent), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if setting.quick and setting.device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"  # toys gain nothing from more
     with (setting.folder("logs") / f"{name}.log").open("wb") as log:

@@ -64,11 +64,12 @@ def train(
     module = SFTModule(options.pop("architecture", SMALL), weights=None, optimizer=optimizer)
     data = InstructionDataModule(path, batch_size=8, max_length=128, **(layout or {}))
     losses, resume = Losses(), options.pop("ckpt_path", None)
+    callbacks = [losses, *options.pop("callbacks", [])]
     settings: dict[str, Any] = {"accelerator": "cuda", "devices": 1, "max_steps": steps}
     settings |= {"max_epochs": -1, "limit_val_batches": 0, "logger": False}
     settings |= {"enable_checkpointing": False, "enable_progress_bar": False}
     settings |= {"enable_model_summary": False, "use_distributed_sampler": False}
-    trainer = L.Trainer(**settings | options, callbacks=[losses, *options.get("callbacks", [])])
+    trainer = L.Trainer(**settings | options, callbacks=callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
     return module, losses, trainer
 
