@@ -13,6 +13,7 @@ from lightning_sft.data.conversation_rows import tokenize_conversation
 from lightning_sft.data.find_tokenizer import read_tokenizer
 from lightning_sft.data.prompts import get_style
 from lightning_sft.data.segments import Masking
+from support.talks import make_talk
 from support.tiny_run import write_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -26,31 +27,6 @@ TEMPLATE = """\
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
 {%- endif -%}
 {%- endfor -%}"""
-# No names of special tokens: there the two differ, as in our rows what is said stays text.
-WORDS = [
-    "a",
-    "Why?",
-    "é",
-    "日本",
-    "\n",
-    "  ",
-    "<thought>",
-    "12.5",
-    "`code`",
-    "🙂",
-    "- x\n- y",
-    "Ok.",
-]
-
-
-def make_talk(generator: random.Random) -> list[dict[str, str]]:
-    def text() -> str:
-        return " ".join(generator.choices(WORDS, k=generator.randint(1, 12))) + "."
-
-    talk = [{"role": "system", "content": text()}] if generator.random() < 0.5 else []
-    for _ in range(generator.randint(1, 4)):
-        talk += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
-    return talk
 
 
 def test_the_same_tokens_carry_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,39 @@
-"""Conversations for whole runs: of one to three turns, some with weights or given answers."""
+"""Conversations: for whole runs, some with weights or given answers; and made by chance."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
+
+# No names of special tokens: what is said stays text with us, which others' tokenizers do not keep.
+WORDS = [
+    "a",
+    "Why?",
+    "é",
+    "日本",
+    "\n",
+    "  ",
+    "<thought>",
+    "12.5",
+    "`code`",
+    "🙂",
+    "- x\n- y",
+    "Ok.",
+]
+
+
+def make_talk(generator: random.Random) -> list[dict[str, Any]]:
+    """One to four questions and answers, half of the time behind a system message."""
+
+    def text() -> str:
+        return " ".join(generator.choices(WORDS, k=generator.randint(1, 12))) + "."
+
+    talk = [{"role": "system", "content": text()}] if generator.random() < 0.5 else []
+    for _ in range(generator.randint(1, 4)):
+        talk += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
+    return talk
 
 
 def write_talks(path: Path, count: int = 20) -> Path:
