@@ -277,15 +277,22 @@ class InstructionDataModule(L.LightningDataModule):
             self._batch_maker("train"),
             num_targets=num_targets,
             num_tokens=self._clipped_lengths(),
-            order=self.order(self.batch_size),
+            order=self.order(),
             num_workers=config.num_workers,
             **self._device_settings(),
         )
         return loader.follow(self.trainer) if self.trainer else loader
 
-    def order(self, batch_size: int, world_size: int = 1) -> BatchOrder | TokenBudgetOrder:
-        """The order of training, of that many rows a batch if `max_tokens` does not say so."""
-        config = dataclasses.replace(self.config, batch_size=batch_size)
+    def order(self, size: int | None = None, world_size: int = 1) -> BatchOrder | TokenBudgetOrder:
+        """The order of training, with micro-batches of another size if one is given.
+
+        Args:
+            size: Rows of a micro-batch on one device, or tokens where `max_tokens` is set.
+        """
+        if self.config.max_tokens is None:
+            config = dataclasses.replace(self.config, batch_size=size or self.batch_size)
+        else:
+            config = dataclasses.replace(self.config, max_tokens=size or self.config.max_tokens)
         return make_order(self.units("train"), config, self.seed, world_size, self._stretches())
 
     def _stretches(self) -> tuple[Stretch, ...]:

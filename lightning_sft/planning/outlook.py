@@ -38,7 +38,7 @@ class Outlook:
             raise InputError("trainer.accumulate_grad_batches must be >= 1")
         self.rows = data.rows("train")
         self.lengths = self.rows.lengths.clip(max=data.config.max_length)
-        order = self.order(data.batch_size)
+        order = self.order()
         self.batches = limit_batches(len(order), trainer.limit_train_batches)
         self.steps_per_epoch = count_epoch_steps(self.batches, self.accumulate)
         steps = count_run_steps(
@@ -51,9 +51,22 @@ class Outlook:
         self.by_size = self._sort_by_size(order)
         self.longest = self.shape(self.by_size[0])
 
-    def order(self, batch_size: int) -> BatchOrder | TokenBudgetOrder:
-        """The run's batches, of another size if wanted."""
-        return self.data.order(batch_size, self.devices)
+    def order(self, size: int | None = None) -> BatchOrder | TokenBudgetOrder:
+        """The run's batches, of another size if wanted: of rows, or tokens with `max_tokens`."""
+        return self.data.order(size, self.devices)
+
+    def smaller_sizes(self) -> list[int]:
+        """Sizes of a batch to try where the wanted one is too much, the largest first.
+
+        Each goes into the wanted one, or nearly so, so that several of them make the same step.
+        """
+        tokens = self.data.config.max_tokens
+        if tokens is None:
+            wanted = self.data.batch_size
+            return [size for size in range(wanted - 1, 0, -1) if wanted % size == 0]
+        longest = max(int(self.lengths.max()), 1)  # no batch is smaller than that row
+        halves = [tokens >> times for times in range(1, (tokens // longest).bit_length())]
+        return halves + [longest] * (longest < min([tokens, *halves]))
 
     def _sort_by_size(self, order: BatchOrder | TokenBudgetOrder) -> list[list[int]]:
         """Each device's share of every batch of the run, the one of most padded tokens first."""
@@ -63,11 +76,13 @@ class Outlook:
             for batch in order.plan(epoch)
             for part in batch
         ]
+        if isinstance(order, TokenBudgetOrder) and not order.padded:  # of most tokens at all
+            return sorted(parts, key=lambda part: -int(self.lengths[part].sum()))
         return sorted(parts, key=lambda part: -len(part) * int(self.lengths[part].max()))
 
-    def longest_of(self, batch_size: int) -> BatchShape:
+    def longest_of(self, size: int) -> BatchShape:
         """The largest share of a batch, were batches of that size."""
-        return self.shape(self._sort_by_size(self.order(batch_size))[0])
+        return self.shape(self._sort_by_size(self.order(size))[0])
 
     def shape(self, places: list[int], split: str = "train") -> BatchShape:
         """What a batch of these rows computes."""
@@ -80,7 +95,7 @@ class Outlook:
 
     def train_tokens(self) -> int:
         """Tokens that one device computes in an epoch, forward and back."""
-        plan = self.order(self.data.batch_size).plan(0)[: self.batches]
+        plan = self.order().plan(0)[: self.batches]
         return sum(self.shape(row_places(batch[0])).tokens for batch in plan)
 
     def eval_tokens(self, split: str, batches: int | None = None) -> int:

@@ -141,14 +141,16 @@ def plan(arguments: list[str]) -> int:
 def suggest_batch(
     module: SFTModule, outlook: Outlook, precision: str, budget: float
 ) -> tuple[int, int] | None:
-    """The largest batch that fits and divides the wanted one, and how many of it make a step."""
-    wanted = outlook.data.batch_size
-    for size in range(wanted - 1, 0, -1):
-        if wanted % size == 0:
-            shape = outlook.longest_of(size)
-            needed = estimate_memory(module, shape, precision, outlook.devices, outlook.sharded)
-            if needed.total <= budget:
-                return size, outlook.accumulate * (wanted // size)
+    """The largest batch that fits and divides the wanted one, and how many of it make a step.
+
+    It is of so many rows, or tokens where `data.max_tokens` is set.
+    """
+    wanted = outlook.data.config.max_tokens or outlook.data.batch_size
+    for size in outlook.smaller_sizes():
+        shape = outlook.longest_of(size)
+        needed = estimate_memory(module, shape, precision, outlook.devices, outlook.sharded)
+        if needed.total <= budget:
+            return size, outlook.accumulate * (wanted // size)
     return None
 
 
@@ -242,7 +244,7 @@ def _print_plan(module: PlannedModule, outlook: Outlook, memory: Memory, budget:
     shape, data = outlook.longest, outlook.data
     print(f"parameters   {total:,}, {trained:,} of them trained")
     print(
-        f"batches      {outlook.batches} an epoch of {data.batch_size} rows on each of "
+        f"batches      {outlook.batches} an epoch of {_describe_size(data)} on each of "
         f"{outlook.devices} device(s); {outlook.steps_per_epoch} optimizer steps an epoch, "
         f"{outlook.steps} in all"
     )
@@ -263,22 +265,32 @@ def _print_plan(module: PlannedModule, outlook: Outlook, memory: Memory, budget:
 def _explain_misfit(
     module: SFTModule, outlook: Outlook, memory: Memory, budget: float, precision: str
 ) -> str:
-    size = outlook.data.batch_size
     message = (
-        f"plan: a step of {size} rows takes {memory.total / GB:.3g} GB, {budget / GB:.3g} are there"
+        f"plan: a step of {_describe_size(outlook.data)} takes {memory.total / GB:.3g} GB, "
+        f"{budget / GB:.3g} are there"
     )
+    counts_tokens = outlook.data.config.max_tokens is not None
     pair = suggest_batch(module, outlook, precision, budget)
     if pair is None:
+        least = f"{int(outlook.lengths.max())} tokens, the longest row," if counts_tokens else ""
         fixed = memory.weights + memory.gradients + memory.optimizer
         return (
-            f"{message}; one row does not fit either, weights, gradients and optimizer alone take "
-            f"{fixed / GB:.3g} GB; take a smaller model or trainer.precision bf16-true"
+            f"{message}; {least or 'one row'} does not fit either, weights, gradients and "
+            f"optimizer alone take {fixed / GB:.3g} GB; take a smaller model or "
+            "trainer.precision bf16-true"
         )
-    nearly = "nearly " if outlook.data.config.group_by_length else ""
+    option = "max_tokens" if counts_tokens else "batch_size"
+    nearly = "nearly " if counts_tokens or outlook.data.config.group_by_length else ""
     return (
-        f"{message}; use --data.batch_size {pair[0]} --trainer.accumulate_grad_batches {pair[1]}"
+        f"{message}; use --data.{option} {pair[0]} --trainer.accumulate_grad_batches {pair[1]}"
         f", for {nearly}the same steps"
     )
+
+
+def _describe_size(data: InstructionDataModule) -> str:
+    """How much a micro-batch holds on one device."""
+    tokens = data.config.max_tokens
+    return f"{data.batch_size} rows" if tokens is None else f"at most {tokens:,} tokens"
 
 
 def _print_time(outlook: Outlook, cost: Cost, loss_curve: Any, device: torch.device) -> None:

@@ -149,6 +149,35 @@ def test_advice_makes_the_same_steps(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert other[: len(whole)] != pytest.approx(whole, abs=1e-5)
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_budget_of_tokens_is_planned_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], padding_free: bool
+) -> None:
+    """What is said, how many steps, and the advice where it does not fit."""
+    quick = {"loss_curve__every_n_steps": 0, "samples__indices": [], "trainer__max_epochs": 1}
+    tokens = {"data__max_tokens": 600, "data__padding_free": padding_free}
+    config = write_config(tmp_path, **tokens, **quick)
+    assert run("plan", "--config", config, "--probe_steps", "0") == 0
+    out = capsys.readouterr().out
+    assert "an epoch of at most 600 tokens on each of 1 device(s)" in out
+    promised = int(re.search(r"(\d+) in all", out)[1])  # type: ignore[index]
+    computed = int(re.search(r"longest .* (\d+) computed", out)[1])  # type: ignore[index]
+    assert 400 < computed <= 600
+    together = float(re.search(r"together +([\d.]+)", out)[1])  # type: ignore[index]
+    assert run("fit", "--config", config) == 0
+    assert len(read_metrics(tmp_path / "runs/tiny/version_0", "train_loss")) == promised
+    capsys.readouterr()
+    less = ["--probe_steps", "0", "--memory_gb", str(together - 0.001)]
+    assert run("plan", "--config", config, *less) == 4
+    error = capsys.readouterr().err
+    assert "a step of at most 600 tokens takes" in error
+    advice = re.search(r"(--data.max_tokens 300) (--trainer.accumulate_grad_batches 2)", error)
+    assert advice is not None, error
+    assert run("plan", "--config", config, *less, *f"{advice[1]} {advice[2]}".split()) == 0
+    assert run("plan", "--config", config, "--memory_gb", "0.001") == 4
+    assert "tokens, the longest row, does not fit either" in capsys.readouterr().err
+
+
 def test_an_absent_accelerator_is_planned_without_a_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
