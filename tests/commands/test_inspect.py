@@ -538,11 +538,13 @@ def test_bad_files_are_one_line(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["inspect", "fit"])
 def test_a_mixture_with_a_missing_file_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixture = [{"path": str(write_talks(tmp_path / "a.json"))}, {"path": "missing.json"}]
-    assert run("inspect", "--data.mixture", json.dumps(mixture)) == 2
+    config = ["--config", write_config(tmp_path)] if command == "fit" else []
+    assert run(command, *config, "--data.mixture", json.dumps(mixture)) == 2
     assert capsys.readouterr().err == (
         "error: missing.json: no such file; give a JSON or JSONL file, or a URL\n"
     )
