@@ -25,7 +25,7 @@ from lightning_sft.common.errors import InputError
 from lightning_sft.common.parser_messages import explain, option_names
 from lightning_sft.data.config import DataConfig, describe_skipped, listed
 from lightning_sft.data.entries import Splits
-from lightning_sft.data.new_splits import Written, write_splits
+from lightning_sft.data.new_splits import Written, check_one_file, write_splits
 from lightning_sft.data.quality import (
     POLICIES,
     Quality,
@@ -64,14 +64,14 @@ def prepare(arguments: list[str]) -> int:
     page = _page_file(options, config)
     # What `fit` refuses for its blank answers is still worth looking at.
     data = config.read(require_output=False)
-    for line in describe_skipped(data.skipped):
+    for line in [*data.notes, *describe_skipped(data.skipped)]:
         print(line)
     quality = examine(data.splits, options.threshold)
     print("\n".join(describe(quality, config.files())))
     written = None
     if output is not None:
         split_of = apply_policies(quality, policies)
-        written = write_splits(output, config, data.splits, split_of)
+        written = write_splits(output, config, data, split_of)
         print(_describe_written(written, quality))
     summary = _summary(config, quality, policies, written)
     files.write_json(page.with_suffix(".json"), summary)
@@ -140,6 +140,7 @@ def _new_file(path: str | None, policies: Sequence[str], config: DataConfig) -> 
         raise InputError(
             f"output: the policy `report` writes no data; --policy {', '.join([*POLICIES][1:])}"
         )
+    check_one_file(config)
     return check_new_file(path, "output", config.files())
 
 

@@ -196,7 +196,7 @@ class DataConfig:
 
         files = [read_file(source) for source in self.sources()]
         val, test = read_file(of_its_own(self.val_path)), read_file(of_its_own(self.test_path))
-        splits, counts = self._cut(files, val, test)
+        splits, counts = self.cut(files, val, test)
         return DataSet(splits, skipped, notes, counts)
 
     def read_pairs(self) -> DataSet:
@@ -226,15 +226,20 @@ class DataConfig:
             return [] if path is None else read_pairs(path, field_names=names, is_told=is_told)
 
         files = [read_file(self.path)], read_file(self.val_path), read_file(self.test_path)
-        cut, counts = self._cut(*files)
+        cut, counts = self.cut(*files)
         pairs: dict[str, Any] = cut._asdict()
         questions = {name: [pair.examples[0] for pair in part] for name, part in pairs.items()}
         return DataSet(Splits(**questions), {}, [], counts, pairs)
 
-    def _cut(
+    def cut(
         self, files: Sequence[Sequence[Any]], val: Sequence[Any], test: Sequence[Any]
     ) -> tuple[Splits, list[int]]:
-        """The three splits of what was read, and how much training takes of each file."""
+        """The three splits of what was read, and how much training takes of each file.
+
+        Args:
+            files: What is in each of `sources()`, in order.
+            val, test: What is in the files of these splits; empty where there are none.
+        """
         if val and test:
             parts = [Splits(entries, test=[], val=[]) for entries in files]
         else:

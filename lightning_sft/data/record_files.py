@@ -8,8 +8,11 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,35 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
     """A JSON list, as the chapter's file is laid out, or JSONL where the name ends in .jsonl.
 
     Raises:
-        ServiceError: The disk refused; there is no file then.
+        InputError: A record of a table holds what JSON cannot; there is no file then.
+        ServiceError: The disk refused; likewise.
     """
+
+    def spell(value: Any) -> str:
+        return _spell(value, path)
+
     with files.atomic_write(path) as file:
         if path.suffix == ".jsonl":
             for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record, ensure_ascii=False, default=spell) + "\n")
         else:
-            json.dump(list(records), file, indent=4, ensure_ascii=False)
+            json.dump(list(records), file, indent=4, ensure_ascii=False, default=spell)
+
+
+def _spell(value: Any, path: Path) -> str:
+    """A value of a Parquet column that JSON has no type for, as text.
+
+    Raises:
+        InputError: It is no such value: bytes, as of an image.
+    """
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal | uuid.UUID):
+        return str(value)
+    raise InputError(
+        f"{path}: a record holds {type(value).__name__}, which JSON has no place for; leave that "
+        "column out of the data"
+    )
 
 
 def check_new_file(path: str | Path, option: str, sources: Sequence[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -142,6 +143,104 @@ def test_a_run_gets_its_own(
     out = prepare(capsys, "--threshold", "0.8", folder)  # wherever it stands
     assert f"Page: {folder / 'data-quality.html'}" in out
     assert summary(folder)["threshold"] == 0.8
+    assert not list(here.iterdir())
+
+
+# --- other formats ---
+
+
+def make_talk(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A conversation of two answers; what was asked last is the record's question."""
+    return [
+        {"role": "user", "content": f"First of {record['source']}?"},
+        {"role": "assistant", "content": "Ask on.", "train": False},
+        {"role": "user", "content": record["instruction"]},
+        {"role": "assistant", "content": record["output"]},
+    ]
+
+
+def write_csv(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame(records).to_csv(path, index=False)
+    return [record | {"source": str(record["source"])} for record in records]
+
+
+def write_talks(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    talks = [{"messages": make_talk(r), "source": r["source"]} for r in records]
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    return talks
+
+
+def write_parquet(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    day = datetime.date(2026, 2, 3)
+    rows = [{"conversations": make_sharegpt(r), "day": day} for r in records]
+    pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), path)
+    return [row | {"day": "2026-02-03"} for row in rows]
+
+
+def make_sharegpt(record: dict[str, Any]) -> list[dict[str, Any]]:
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names[m["role"]], "value": m["content"]} for m in make_talk(record)]
+
+
+WRITERS = {"data.csv": write_csv, "talks.jsonl": write_talks, "talks.parquet": write_parquet}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_records_of_any_format_are_written_as_they_were(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [make_record(n) for n in range(40)]
+    records[5]["instruction"] = records[2]["instruction"]
+    records[35]["instruction"] = records[7]["instruction"] + "!"
+    if name != "data.csv":  # all that stands before the last answer is compared
+        records[5]["source"], records[35]["source"] = 2, 7
+    path = tmp_path / name
+    wanted = WRITERS[name](path, records)
+    before = path.read_bytes()
+    both = ["--policy", "drop_duplicates,drop_leaks"]
+    out = prepare(capsys, "--data.path", path, *both, "--output", "new.json")
+    assert f"{path}: " in out
+    assert "40 records in the format " in out
+    assert "near-twins at 0.9: 1 of 4 test and 0 of 2 validation entries" in out
+    assert "wrote new.json: train 32, test 4, val 2; 2 left out" in out
+    found = json.loads(Path("new.json").read_text())
+    assert found == [record for n, record in enumerate(wanted) if n not in (5, 7)]
+    assert path.read_bytes() == before
+    config = yaml.safe_load(out[out.index("data:\n") : out.index("\n\nPage")])
+    again, old = DataConfig(**config["data"]).read().splits, DataConfig(str(path)).read().splits
+    assert (again.test, again.val) == (old.test, old.val)
+    assert len(again.train) == 32
+
+
+def test_what_one_file_cannot_hold_is_refused(
+    tmp_path: Path, data: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_talks(tmp_path / "talks.jsonl", [make_record(n) for n in range(50, 60)])
+    write = ["--policy", "drop_leaks", "--output", "new.json"]
+    own = ["--data.path", data, "--data.test_path", tmp_path / "talks.jsonl"]
+    message = "one file cannot hold records of several formats"
+    assert message in prepare(capsys, *own, *write, code=2)
+    mixture = ["--data.mixture", json.dumps([{"path": str(data)}])]
+    assert "data.mixture: one file is written, which" in prepare(capsys, *mixture, *write, code=2)
+    assert not list(here.iterdir())
+    assert "near-twins at 0.9" in prepare(capsys, *mixture)  # it is looked at as a whole
+
+
+def test_a_column_that_json_has_no_place_for(
+    tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [make_record(n) | {"image": b"\x89PNG"} for n in range(40)]
+    pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "images.parquet")
+    options = ["--data.path", tmp_path / "images.parquet", "--policy", "regroup"]
+    err = prepare(capsys, *options, "--output", "new.json", code=2)
+    assert "new.json: a record holds bytes, which JSON has no place for" in err
     assert not list(here.iterdir())
 
 

@@ -41,11 +41,10 @@ def outputs(splits: Splits) -> list[list[str]]:
 def test_records_keep_all_that_they_hold(tmp_path: Path, name: str) -> None:
     records = make_records(20)
     config = DataConfig(write_json(tmp_path / "old.json", records))
-    splits = config.read().splits
     split_of = np.repeat([0, 1, 2], [17, 2, 1])
     split_of[[3, 4]] = -1
     split_of[5] = 1  # it comes before the old test entries
-    written = write_splits(tmp_path / name, config, splits, split_of)
+    written = write_splits(tmp_path / name, config, config.read(), split_of)
     text = written.path.read_text("utf-8")
     assert "é" in text
     found = json.loads(text) if name == "new.json" else [*map(json.loads, text.splitlines())]
@@ -60,11 +59,11 @@ def test_records_keep_all_that_they_hold(tmp_path: Path, name: str) -> None:
 
 def test_the_fractions_stay_where_they_still_fit(tmp_path: Path) -> None:
     config = DataConfig(write_json(tmp_path / "old.json", make_records(40)))
-    splits = config.read().splits
-    same = np.repeat([0, 1, 2], [len(part) for part in splits])
-    written = write_splits(tmp_path / "new.json", config, splits, same)
+    data = config.read()
+    same = np.repeat([0, 1, 2], [len(part) for part in data.splits])
+    written = write_splits(tmp_path / "new.json", config, data, same)
     assert "fractions:" not in written.config
-    assert read_back(written.config) == splits
+    assert read_back(written.config) == data.splits
 
 
 @pytest.mark.parametrize("count", [3, 7, 100, 1100, 99_991])
@@ -90,11 +89,11 @@ def test_splits_of_their_own_files_go_into_one(tmp_path: Path) -> None:
         test_path=write_json(tmp_path / "test.json", make_records(3, "Try")),
         val_path=write_json(tmp_path / "val.json", make_records(2, "Ask")),
     )
-    splits = config.read().splits
+    data = config.read()
     split_of = np.repeat([0, 1, 2], [6, 3, 2])
     split_of[0] = -1
-    written = write_splits(tmp_path / "new.json", config, splits, split_of)
-    assert read_back(written.config) == splits._replace(train=splits.train[1:])
+    written = write_splits(tmp_path / "new.json", config, data, split_of)
+    assert read_back(written.config) == data.splits._replace(train=data.splits.train[1:])
     assert "val_path: null" in written.config
 
 
@@ -103,7 +102,7 @@ def test_equal_entries_keep_their_own_records(tmp_path: Path) -> None:
     records[18] = records[2] | {"chosen": "another"}
     config = DataConfig(write_json(tmp_path / "old.json", records))
     split_of = np.repeat([0, 1, 2], [17, 2, 1])
-    written = write_splits(tmp_path / "new.json", config, config.read().splits, split_of)
+    written = write_splits(tmp_path / "new.json", config, config.read(), split_of)
     assert json.loads(written.path.read_text()) == records
 
 
@@ -111,20 +110,20 @@ def test_entries_left_out_as_blank_stay_out(tmp_path: Path) -> None:
     records = make_records(20)
     records[4]["output"] = " "
     config = DataConfig(write_json(tmp_path / "old.json", records), empty_output="skip")
-    splits = config.read().splits
-    split_of = np.repeat([0, 1, 2], [len(part) for part in splits])
-    written = write_splits(tmp_path / "new.json", config, splits, split_of)
+    data = config.read()
+    split_of = np.repeat([0, 1, 2], [len(part) for part in data.splits])
+    written = write_splits(tmp_path / "new.json", config, data, split_of)
     assert json.loads(written.path.read_text()) == records[:4] + records[5:]
 
 
 def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataConfig(write_json(tmp_path / "old.json", make_records(20)))
-    splits = config.read().splits
+    data = config.read()
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(json, "dump", refuse)
     with pytest.raises(ServiceError, match=r"new\.json: cannot be written \(No space left"):
-        write_splits(tmp_path / "new.json", config, splits, np.repeat([0, 1, 2], [17, 2, 1]))
+        write_splits(tmp_path / "new.json", config, data, np.repeat([0, 1, 2], [17, 2, 1]))
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
